@@ -1,0 +1,53 @@
+"""The switch: the environment variable ``MLX_LM_SKIPHEAD``, read here and nowhere else.
+
+Imports nothing, so that a plugin that is off costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False  # as typing's, without importing typing
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Literal
+
+    Mode = Literal["off", "on", "hidden"]
+
+VARIABLE = "MLX_LM_SKIPHEAD"
+
+SPELLINGS: dict[str, Mode] = {
+    "": "off",
+    "0": "off",
+    "off": "off",
+    "false": "off",
+    "no": "off",
+    "1": "on",
+    "on": "on",
+    "true": "on",
+    "yes": "on",
+    "hidden": "hidden",
+}
+
+
+def requested_mode(environ: Mapping[str, str] = os.environ) -> Mode:
+    """What the environment asks for: ``"off"`` (also when unset), ``"on"`` or ``"hidden"``.
+
+    Raises:
+        ValueError: for a value that is not in ``SPELLINGS``; the message lists those.
+    """
+    value = environ.get(VARIABLE, "")
+    if value not in SPELLINGS:
+        accepted = ", ".join(
+            f"{' '.join(repr(s) for s, m in SPELLINGS.items() if m == mode)} ({mode})"
+            for mode in ("off", "on", "hidden")
+        )
+        raise ValueError(
+            f"{VARIABLE}={value!r} is not understood. Accepted values: {accepted}. "
+            "Unset it to switch mlx-lm-skiphead off."
+        )
+    return SPELLINGS[value]
+
+
+active: Mode = "off"
+"""What is installed in this process now."""

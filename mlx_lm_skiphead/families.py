@@ -1,0 +1,82 @@
+"""The table of supported model families. A family is one line; no code elsewhere knows a name.
+
+In every one of them `Model` (or the language model inside it) calls a pipelined inner model,
+whose last act is to give all ranks the hidden states of rank 0, and then runs the head on them.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+
+class Family(NamedTuple):
+    """Where one module of ``mlx_lm.models`` keeps its head and its pipelined inner model.
+
+    Paths are attribute paths, "" for the object itself.
+    """
+
+    name: str
+    """The module, and what `model_type` says in most of its checkpoints."""
+
+    head_class: str = "Model"
+    """The class whose ``__call__`` runs the head: the *head owner*."""
+
+    stage_class: str = ""
+    """The pipelined class: it has ``pipeline_rank``, receives, runs this rank's layers, sends."""
+
+    owner: str = ""
+    """From the `Model` that mlx-lm loads to the head owner."""
+
+    stage: str = "model"
+    """From the head owner to the pipelined model."""
+
+    embedding: str = "embed_tokens"
+    """From the pipelined model to the embedding, which is the head too where the two are tied."""
+
+    same_as: str = ""
+    """Has no ``__call__`` of its own: its `Model` is, or inherits from, that family's."""
+
+    @property
+    def module(self) -> str:
+        return f"mlx_lm.models.{self.name}"
+
+    def owner_of(self, model: Any) -> Any:
+        """The head owner within a loaded model."""
+        return attrgetter(self.owner)(model) if self.owner else model
+
+    def stage_of(self, owner: Any) -> Any:
+        """The pipelined model within a head owner."""
+        return attrgetter(self.stage)(owner)
+
+    def head_of(self, owner: Any) -> Any:
+        """The module that makes logits: `lm_head`, or the embedding where there is none (tied)."""
+        head = getattr(owner, "lm_head", None)
+        return head if head is not None else attrgetter(self.embedding)(self.stage_of(owner))
+
+
+FAMILIES = (
+    Family("bailing_hybrid", stage_class="LanguageModel", embedding="word_embeddings"),
+    Family("deepseek_v2", stage_class="DeepseekV2Model"),
+    Family("deepseek_v3", stage_class="DeepseekV3Model"),
+    Family("deepseek_v32", stage_class="DeepseekV32Model"),
+    Family("deepseek_v41", stage_class="TextModel"),
+    Family("glm4_moe", stage_class="LanguageModel"),
+    Family("glm4_moe_lite", stage_class="Glm4MoeLiteModel"),
+    Family("glm_moe_dsa", same_as="deepseek_v32"),
+    Family("kimi_k25", "LanguageModel", "DeepseekV3Model", owner="language_model"),
+    Family("kimi_k3", "LanguageModel", "KimiK3TextModel", owner="language_model"),
+    Family("minimax_m3_vl", "LanguageModel", "TextModel", owner="language_model"),
+    Family("ministral3", stage_class="LanguageModel"),
+    Family("mistral4", stage_class="Mistral4Model"),
+    Family("muse_spark", stage_class="MuseSparkTextModel", stage="model.language_model"),
+    Family("prism_hadamard_qwen35", same_as="qwen3_5"),
+    Family("qwen2", stage_class="Qwen2Model"),
+    Family("qwen3_5", "TextModel", "Qwen3_5TextModel", owner="language_model"),
+    Family("qwen3_5_moe", same_as="qwen3_5"),
+    Family("qwen3_moe", stage_class="Qwen3MoeModel"),
+    Family("qwen3_next", stage_class="Qwen3NextModel"),
+    Family("solar_open", same_as="glm4_moe"),
+)
+
+BY_NAME = {family.name: family for family in FAMILIES}
