@@ -1,0 +1,36 @@
+"""Pipeline-parallel mlx-lm without the head on ranks that do not sample.
+
+With ``MLX_LM_SKIPHEAD=1`` in the environment of every rank, importing this package before or
+after mlx-lm is all. See `install` for switching it on in code, and README.md.
+"""
+
+from __future__ import annotations
+
+from .config import requested_mode
+
+TYPE_CHECKING = False  # as typing's, without importing typing
+if TYPE_CHECKING:
+    from .patching import SkipheadError, Status, install, status, uninstall
+
+__version__ = "0.1.0"
+__all__ = ["SkipheadError", "Status", "__version__", "install", "status", "uninstall"]
+
+
+def __getattr__(name: str) -> object:
+    # Off must cost nothing: what these need is imported when one of them is first used.
+    if name in __all__:
+        from . import patching
+
+        return getattr(patching, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_mode = requested_mode()
+if _mode != "off":
+    from .patching import install
+
+    install(_mode)
