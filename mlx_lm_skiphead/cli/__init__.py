@@ -1,0 +1,24 @@
+"""The command line, ``mlx-lm-skiphead`` or ``python -m mlx_lm_skiphead``: one module a command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .. import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's arguments) names; its exit code."""
+    from . import demo
+
+    parser = argparse.ArgumentParser(
+        prog="mlx-lm-skiphead",
+        description="Pipeline-parallel mlx-lm without the output head on ranks that do not sample.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    demo.add_command(commands)
+    arguments = parser.parse_args(argv)
+    code: int = arguments.run(arguments)
+    return code

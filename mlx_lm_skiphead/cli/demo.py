@@ -1,0 +1,184 @@
+"""``mlx-lm-skiphead demo``: the same model with and without the plugin, on ranks of this machine.
+
+Shows whether the tokens agree, what each rank did for them, and what that cost. Everything in
+the table was measured in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .ranks import RankFailed, Ranks
+
+ROUNDS = 5
+Result = dict[str, Any]
+
+
+def add_command(commands: Any) -> None:
+    """Add ``demo`` to the parser's subcommands."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "demo",
+        help="run a model on ranks of this machine, without the plugin and with it, and compare",
+        description="Starts ranks on this machine twice, without the plugin and with it, and "
+        "prints whether the tokens agree, how many heads each rank ran per token, memory and "
+        "time. With no argument it makes a small DeepSeek-V3-shaped model with random weights.",
+        epilog="example: mlx-lm-skiphead demo --model ./my-model -n 3 --prompt 'Hello'",
+    )
+    parser.add_argument("--model", metavar="PATH_OR_REPO", help="a model that mlx-lm can pipeline")
+    parser.add_argument("-n", dest="ranks", type=_ranks, default=2, metavar="RANKS", help="(2)")
+    parser.add_argument("--prompt", default="What is the capital of France?")
+    parser.add_argument(
+        "--max-tokens", type=_tokens, default=24, metavar="N", help="tokens per generation (24)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code: 0 if all tokens agree, 1 if not or if a rank failed, 130 after Ctrl-C."""
+    console = Console()
+    try:
+        with _terminated_like_interrupted(), tempfile.TemporaryDirectory() as folder:
+            model = arguments.model or _build(console, Path(folder))
+            task = {
+                "model": model,
+                "prompt": arguments.prompt,
+                "max_tokens": arguments.max_tokens,
+                "rounds": 0,
+            }
+            plain = _start(console, "without the plugin", arguments.ranks, task, plugin=False)
+            task["rounds"] = ROUNDS
+            skip = _start(console, "with the plugin", arguments.ranks, task, plugin=True)
+    except RankFailed as failure:
+        console.print(f"[red]The demo could not run:[/] {escape(str(failure))}")
+        return 1
+    except KeyboardInterrupt:
+        console.print("Stopped; all ranks have been ended.")
+        return 130
+    return _report(console, plain, skip)
+
+
+def _build(console: Console, folder: Path) -> str:
+    with console.status("building a model with random weights (DeepSeek-V3's shape, 320 MB)"):
+        subprocess.run(
+            [sys.executable, "-m", "mlx_lm_skiphead.cli.demo_model", str(folder)],
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+    return str(folder)
+
+
+def _start(
+    console: Console, title: str, count: int, task: dict[str, Any], *, plugin: bool
+) -> list[Result]:
+    """Run `task` on ranks of this machine; their results in order of rank."""
+    results: list[Result] = [{} for _ in range(count)]
+    step = ""
+    with (
+        console.status(f"{count} ranks {title}: starting") as line,
+        Ranks(count, task, plugin=plugin) as ranks,
+    ):
+        for rank, event in ranks.events():
+            if "result" in event:
+                results[rank] = event["result"]
+            elif event.get("step") != step:
+                step = event["step"]
+                line.update(f"{count} ranks {title}: {step}")
+                if not console.is_terminal:
+                    console.print(f"{count} ranks {title}: {step}")
+    return results
+
+
+def _report(console: Console, plain: list[Result], skip: list[Result]) -> int:
+    count = len(skip)
+    table = Table(title=f"{count} ranks of one pipeline: without the plugin → with it")
+    for column in ("rank", "role", "layers", "heads per token", "peak memory, MB", "ms per token"):
+        table.add_column(column, justify="left" if column == "role" else "right")
+    for rank, (before, after) in enumerate(zip(plain, skip, strict=True)):
+        times = after["ms_per_token"]
+        table.add_row(
+            str(rank),
+            "head" if rank == 0 else "first stage" if rank == count - 1 else "middle",
+            "{}-{}".format(after["layers"][0], after["layers"][1] - 1),
+            f"{before['heads_per_token']:.2f} → {after['heads_per_token']:.2f}",
+            f"{before['peak_bytes'] / 1e6:.0f} → {after['peak_bytes'] / 1e6:.0f}",
+            " → ".join(f"{statistics.median(t):.1f}" if t else "?" for t in times.values()),
+        )
+    console.print(table)
+    console.print(f"The head is {skip[0]['head_bytes'] / 1e6:.0f} MB.")
+    times = skip[0]["ms_per_token"]
+    if all(times.values()):
+        ratios = [s / u for s, u in zip(times["skip"], times["unpatched"], strict=True)]
+        console.print(
+            f"ms per token on rank 0 in {ROUNDS} interleaved rounds, median (lowest to highest): "
+            f"unpatched {_spread(times['unpatched'])}, skip {_spread(times['skip'])}, "
+            f"skip / unpatched {_spread(ratios, 2)}. These ranks share the cores of one machine; "
+            "equal machines gain little, see README.md."
+        )
+    return _compare(console, plain, skip)
+
+
+def _spread(values: list[float], digits: int = 1) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _compare(console: Console, plain: list[Result], skip: list[Result]) -> int:
+    """Every rank's tokens with the plugin must be rank 0's without it."""
+    right = plain[0]
+    console.print(f"text: {right['text']!r}", markup=False)
+    wrong = [
+        f"rank {rank}, {kind}: {result[kind]} where unpatched mlx-lm gives {right[kind]}"
+        for kind in ("greedy", "seeded")
+        for rank, result in enumerate(skip)
+        if result[kind] != right[kind]
+    ]
+    if wrong:
+        console.print("[red bold]Tokens differ.[/] Please report this:")
+        for line in wrong:
+            console.print(f"  {line}", markup=False)
+        return 1
+    console.print(
+        f"[green]Tokens agree[/]: {len(right['greedy'])} greedy and {len(right['seeded'])} at "
+        f"temperature 0.8, on all {len(skip)} ranks, with and without the plugin."
+    )
+    return 0
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"a pipeline needs 2 ranks or more, not {text!r}")
+    return int(text)
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of 1 or more is needed, not {text!r}")
+    return int(text)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that the ranks are ended."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

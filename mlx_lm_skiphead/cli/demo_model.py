@@ -1,0 +1,81 @@
+"""The demo's model: DeepSeek-V3's shape, small, with random weights and a head that matters.
+
+``python -m mlx_lm_skiphead.cli.demo_model FOLDER`` writes it as mlx-lm loads it. Of its 330 MB,
+134 are the head and as much again the embedding, as in a model of a large vocabulary; its text
+is noise.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 65536,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "routed_scaling_factor": 1.0,
+    "norm_topk_prob": True,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 128,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 256,
+}
+
+
+def write(folder: Path) -> None:
+    """Write config, weights (float32: the only type that is fast on a CPU) and a tokenizer."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import deepseek_v3
+
+    mx.random.seed(0)
+    model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(CONFIG))
+    # The default embedding is so small that every token would look alike.
+    table = model.model.embed_tokens.weight
+    model.model.embed_tokens.weight = mx.random.normal(table.shape)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    _write_tokenizer(folder)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One id a byte, so that any prompt can be read; the ids above spell their own number."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # "Ġ" is how this alphabet writes a space.
+    names = [*alphabet, "<end>", *(f"Ġ{i}" for i in range(257, CONFIG["vocab_size"]))]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

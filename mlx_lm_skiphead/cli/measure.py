@@ -1,0 +1,97 @@
+"""What one rank measures of a generation: its tokens, when they came, heads evaluated."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx_lm
+import wrapt
+from mlx_lm.sample_utils import make_sampler
+
+from ..families import BY_NAME, Family
+
+
+class Generated(NamedTuple):
+    """One generation on this rank."""
+
+    tokens: list[int]
+    text: str
+    seconds: list[float]
+    """When each token came, from the start of the generation."""
+
+
+def generate(
+    model: Any, tokenizer: Any, prompt: list[int], max_tokens: int, temperature: float = 0.0
+) -> Generated:
+    """Generate through `stream_generate`, from the same random state each time."""
+    mx.random.seed(0)
+    tokens, text, seconds = [], "", []
+    start = time.perf_counter()
+    for step in mlx_lm.stream_generate(
+        model, tokenizer, prompt, max_tokens, sampler=make_sampler(temperature)
+    ):
+        seconds.append(time.perf_counter() - start)
+        tokens.append(step.token)
+        text += step.text
+    return Generated(tokens, text, seconds)
+
+
+def family_of(model: Any) -> Family:
+    """The family of a loaded model, from where its class was defined.
+
+    Raises:
+        ValueError: if mlx-lm-skiphead does not support it.
+    """
+    for cls in type(model).__mro__:
+        family = BY_NAME.get(cls.__module__.rpartition(".")[2])
+        if family is not None and not family.same_as:
+            return family
+    raise ValueError(f"mlx-lm-skiphead does not support {type(model).__module__}")
+
+
+class HeadCount:
+    """How often a head was evaluated on this rank."""
+
+    def __init__(self) -> None:
+        self._logits: list[mx.array] = []
+
+    def evaluated(self) -> int:
+        """Heads whose matrix product was computed.
+
+        MLX is lazy: logits that a call of the head returned need not be computed ever, as in
+        prefill. Those that were have no operation behind them any more.
+        """
+        return sum(not _pending(logits) for logits in self._logits)
+
+
+@contextmanager
+def count_heads(model: Any) -> Iterator[HeadCount]:
+    """Count the heads of `model` that this rank evaluates inside the ``with`` block."""
+    family = family_of(model)
+    head = family.head_of(family.owner_of(model))
+    # An embedding that serves as the head does so through another method.
+    method = "as_linear" if hasattr(head, "as_linear") else "__call__"
+    count = HeadCount()
+
+    def counted(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        logits = wrapped(*args, **kwargs)
+        if instance is head:
+            count._logits.append(logits)
+        return logits
+
+    handle = wrapt.wrap_function_wrapper(type(head), method, counted)
+    try:
+        yield count
+    finally:
+        wrapt.unwrap_object(type(head), method, handle)
+
+
+def _pending(array: mx.array) -> bool:
+    graph = io.StringIO()
+    mx.export_to_dot(graph, array)
+    return "label" in graph.getvalue()

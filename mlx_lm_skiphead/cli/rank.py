@@ -1,0 +1,94 @@
+"""One rank of a demo: ``python -m mlx_lm_skiphead.cli.rank TASK``, started by `cli.ranks`.
+
+Whether the plugin is on is up to the environment, as for any program that imports it. Prints one
+JSON object a line: ``{"step": ...}`` as it goes, ``{"result": ...}`` last, or ``{"error": ...}``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import threading
+from typing import Any
+
+from .. import install, uninstall
+
+
+def main() -> None:
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    try:
+        _say(result=_measure(json.loads(sys.argv[1])))
+    except (ValueError, OSError) as error:  # a model that is not there or cannot be pipelined
+        _say(error=f"{error}")
+
+
+def _measure(task: dict[str, Any]) -> dict[str, Any]:
+    """Load, generate, count; and, where the task has rounds, time both ways in turn."""
+    import mlx.core as mx
+    from mlx_lm.utils import sharded_load
+
+    from . import measure
+
+    group = mx.distributed.init(strict=True, backend="ring")
+    _say(step="loading")
+    model, tokenizer = sharded_load(task["model"], pipeline_group=group)
+    family = measure.family_of(model)
+    stage = family.stage_of(family.owner_of(model))
+    head = family.head_of(family.owner_of(model))
+    prompt = _encode(tokenizer, task["prompt"])
+    tokens = task["max_tokens"]
+
+    _say(step="generating")
+    mx.reset_peak_memory()
+    greedy = measure.generate(model, tokenizer, prompt, tokens)
+    peak = mx.get_peak_memory()
+    seeded = measure.generate(model, tokenizer, prompt, tokens, temperature=0.8)
+    _say(step="counting heads")
+    with measure.count_heads(model) as count:
+        counted = measure.generate(model, tokenizer, prompt, tokens)
+    result = {
+        "layers": [stage.start_idx, stage.end_idx],
+        "peak_bytes": peak,
+        "head_bytes": sum(array.nbytes for array in head.parameters().values()),
+        "greedy": greedy.tokens,
+        "seeded": seeded.tokens,
+        "text": greedy.text,
+        # mlx-lm computes one token more than it gives out.
+        "heads_per_token": count.evaluated() / (len(counted.tokens) + 1),
+    }
+    timed: dict[str, list[float]] = {"unpatched": [], "skip": []}
+    for done in range(task["rounds"]):
+        for way, times in timed.items():
+            if way == "skip":
+                install()
+            else:
+                uninstall()
+            _say(step=f"timing, round {done + 1} of {task['rounds']}")
+            seconds = measure.generate(model, tokenizer, prompt, tokens).seconds
+            between = [b - a for a, b in itertools.pairwise(seconds)]
+            if between:  # not so if the first token was a stop token
+                times.append(1000 * statistics.median(between))
+    return {**result, "ms_per_token": timed}
+
+
+def _encode(tokenizer: Any, prompt: str) -> list[int]:
+    if tokenizer.chat_template is None:
+        return list(tokenizer.encode(prompt))
+    messages = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def _say(**event: Any) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def _end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Starts ranks on this machine and hears what they say; leaves no process and no port behind.
+
+A rank is ``python -m mlx_lm_skiphead.cli.rank``. It gets what the ring backend of MLX reads, the
+variables ``MLX_RANK`` and ``MLX_HOSTFILE``, and says one JSON object a line on its output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from ..config import VARIABLE
+
+Event = dict[str, Any]
+
+
+class RankFailed(RuntimeError):
+    """A rank ended with an error; the message names it and has the end of what it printed."""
+
+
+class Ranks:
+    """A set of ranks of one pipeline. Leaving the ``with`` block ends every one of them.
+
+    Args:
+        count: how many.
+        task: what `cli.rank` is to do, JSON.
+        plugin: whether `MLX_LM_SKIPHEAD` is set for them.
+    """
+
+    def __init__(self, count: int, task: Mapping[str, Any], *, plugin: bool) -> None:
+        self._count = count
+        self._task = task
+        self._plugin = plugin
+        self._processes: list[subprocess.Popen[str]] = []
+        self._events: queue.SimpleQueue[tuple[int, Event | None]] = queue.SimpleQueue()
+        self._errors: list[deque[str]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Ranks:
+        self._folder = tempfile.TemporaryDirectory(prefix="mlx-lm-skiphead-")
+        hostfile = Path(self._folder.name, "hosts.json")
+        hostfile.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in free_ports(self._count)]))
+        environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+        if self._plugin:
+            environment[VARIABLE] = "1"
+        try:
+            for rank in range(self._count):
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "mlx_lm_skiphead.cli.rank", json.dumps(self._task)],
+                    env={**environment, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)},
+                    # A rank ends when its input does: also if this process is killed.
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is for this process, which ends its ranks
+                )
+                self._processes.append(process)
+                self._errors.append(deque(maxlen=30))
+                assert process.stdout is not None and process.stderr is not None
+                errors = threading.Thread(
+                    target=self._errors[rank].extend, args=(process.stderr,), daemon=True
+                )
+                errors.start()
+                threading.Thread(
+                    target=self._listen, args=(rank, process.stdout, errors), daemon=True
+                ).start()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def events(self) -> Iterator[tuple[int, Event]]:
+        """What the ranks say, as ``(rank, event)``, until all have ended well.
+
+        Raises:
+            RankFailed: as soon as one of them has not.
+        """
+        left = self._count
+        while left:
+            rank, event = self._events.get()
+            if event is None:
+                left -= 1
+                code = self._processes[rank].wait()
+                if code:
+                    said = "".join(self._errors[rank]).strip() or "it printed nothing"
+                    raise RankFailed(f"rank {rank} ended with exit code {code}:\n{said}")
+            elif "error" in event:
+                raise RankFailed(f"rank {rank}: {event['error']}")
+            else:
+                yield rank, event
+
+    def _listen(self, rank: int, output: IO[str], errors: threading.Thread) -> None:
+        for line in output:
+            if line.startswith("{"):
+                self._events.put((rank, json.loads(line)))
+        errors.join()
+        self._events.put((rank, None))
+
+    def _end(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self._processes:
+            process.wait()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
