@@ -8,6 +8,7 @@ Not touched, so without a skipped head: `speculative_generate_step` and `Generat
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -17,14 +18,14 @@ from . import config, patching
 from .sharing import Run
 
 
-def run_of(model: Any) -> Run | None:
-    """A run for `model`, or None where there is no head to skip: one rank, or not patched."""
+def run_of(model: Any, stream: Any) -> Run | None:
+    """A run of `model` on `stream`, or None where no head is to skip: one rank, or not patched."""
     family = patching.family_of(model)
     if family is None:
         return None
     owner = family.owner_of(model)
     stage = family.stage_of(owner)
-    return Run(owner, stage.pipeline_rank) if stage.pipeline_size > 1 else None
+    return Run(owner, stage.pipeline_rank, stream) if stage.pipeline_size > 1 else None
 
 
 def generate_step(
@@ -35,8 +36,10 @@ def generate_step(
     Yields rank 0's tokens on every rank. The logprobs beside them are rank 0's on rank 0, and NaN
     on workers. Samplers and logits processors run on rank 0 only.
     """
-    model = kwargs["model"] if "model" in kwargs else args[1] if len(args) > 1 else None
-    run = run_of(model) if config.active != "off" else None
+    if config.active == "off":
+        return wrapped(*args, **kwargs)
+    given = _arguments(wrapped, args, kwargs)
+    run = run_of(given["model"], given["stream"]) if given else None
     if run is None:
         return wrapped(*args, **kwargs)
     kwargs = {
@@ -46,6 +49,18 @@ def generate_step(
         "prompt_progress_callback": run.callback(kwargs.get("prompt_progress_callback")),
     }
     return _steps(run, wrapped(*args, **kwargs))
+
+
+def _arguments(
+    loop: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """What `loop` was given or takes by default, by name; nothing if it will refuse the call."""
+    try:
+        bound = inspect.signature(loop).bind(*args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _greedy(logprobs: mx.array) -> mx.array:

@@ -23,7 +23,15 @@ from .families import BY_NAME, FAMILIES, Family
 log = logging.getLogger("mlx_lm_skiphead")
 
 LOOPS_MODULE = "mlx_lm.generate"
-LOOPS = {"generate_step": ("model", "sampler", "logits_processors", "prompt_progress_callback")}
+LOOPS = {
+    "generate_step": (
+        "model",
+        "stream",
+        "sampler",
+        "logits_processors",
+        "prompt_progress_callback",
+    )
+}
 """The wrapped loops, and the parameters by which they are steered."""
 
 

@@ -41,11 +41,13 @@ class Run:
     Args:
         owner: the head owner within the model (`Family.owner_of`).
         rank: this rank's ``pipeline_rank``.
+        stream: what the loop computes on.
     """
 
-    def __init__(self, owner: Any, rank: int) -> None:
+    def __init__(self, owner: Any, rank: int, stream: Any) -> None:
         self.owner = owner
         self.is_worker = rank != 0
+        self._stream = stream
         self.sent: mx.array | None = None
         """A worker's last send, not yet forced by a share."""
         self._random_key: mx.array | None = None
@@ -128,13 +130,14 @@ class Run:
         return outside
 
     def finish(self) -> None:
-        """Wait for the last share, so that no rank leaves while another is still sending.
+        """Wait for the last step, so that no rank leaves while another is still sending.
 
         mlx-lm's loops always have a step in flight when they return.
         """
         if self._random_key is None:
             return
         key: Any = self._random_key.tolist()
+        mx.synchronize(self._stream)
         if self.is_worker and threading.get_ident() == self._thread:
             mx.random.seed(key[0] << 32 | key[1])
 

@@ -1,0 +1,36 @@
+"""What the tests share: their own folder on sys.path, and the real model.
+
+The model is made once and kept: in the folder MLX_LM_SKIPHEAD_TEST_CACHE, else in the user's
+cache. Without it the tests that need it fail; they are not skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct as a qwen2 checkpoint (tests/smollm2.py)."""
+    # Here, so that tests without the model do not import mlx into the process that runs them.
+    from smollm2 import smollm2
+
+    cache = os.environ.get("MLX_LM_SKIPHEAD_TEST_CACHE")
+    if not cache:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = str(Path(home, "mlx-lm-skiphead"))
+    try:
+        return smollm2(Path(cache))
+    except (OSError, RuntimeError) as error:
+        reason = str(error)
+    pytest.fail(
+        f"the real model could not be made in {cache}: {reason}\n"
+        "It takes the network once. MLX_LM_SKIPHEAD_TEST_CACHE may name a folder that has it.",
+        pytrace=False,
+    )

@@ -1,0 +1,161 @@
+"""Run by test_loop.py, as a rank or alone: one script, a scenario by name; reports what it saw."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+
+import mlx.core as mx
+import ranks
+import tiny_models
+from mlx_lm.sample_utils import make_sampler
+
+import mlx_lm_skiphead
+from mlx_lm_skiphead.cli.measure import count_heads
+
+generate = importlib.import_module("mlx_lm.generate")
+early_generate_step = generate.generate_step
+
+# These end with a loop of upstream's, which returns with a step in flight: a rank that exits then
+# takes it from the others. The wrapped loop waits for it, so the other scenarios do not.
+LEAVE_A_STEP_IN_FLIGHT = ("guard_alone", "uninstalled_midway", "not_ours")
+
+
+class Pipeline:
+    """The tiny model, pipelined where there are ranks to do so."""
+
+    def __init__(self, case="qwen2-untied"):
+        self.group = mx.distributed.init()
+        self.model = tiny_models.make(case)
+        if self.group.size() > 1:
+            self.model.model.pipeline(self.group)
+
+    def tokens(self, prompt=1, limit=8, step=None, **options):
+        prompt = tiny_models.PROMPTS[prompt] if isinstance(prompt, int) else prompt
+        step = step or generate.generate_step
+        return [t for t, _ in step(mx.array(prompt), self.model, max_tokens=limit, **options)]
+
+
+def guard_alone():
+    """The pull request's guard as it was written, and nothing else."""
+    from mlx_lm.models import qwen2
+
+    upstream = qwen2.Model.__call__
+
+    def guarded(self, inputs, cache=None, input_embeddings=None):
+        if self.model.pipeline_rank != 0:
+            return self.model(inputs, cache, input_embeddings)
+        return upstream(self, inputs, cache, input_embeddings)
+
+    pipeline = Pipeline()
+    right = pipeline.tokens()
+    qwen2.Model.__call__ = guarded
+    return {"upstream": right, "guard alone": pipeline.tokens()}
+
+
+def short_requests():
+    """A hundred requests of one to three tokens, some left by the caller before their end."""
+    pipeline = Pipeline()
+    told = []
+    for i in range(100):
+        prompt = [i + 1] if i % 3 else tiny_models.PROMPTS[1]
+        steps = generate.generate_step(mx.array(prompt), pipeline.model, max_tokens=i % 3 + 1)
+        # The generator is dropped here with its last step in flight, as on a stop token.
+        told.append([next(steps)[0]] if i % 2 else [token for token, _ in steps])
+    return told
+
+
+def in_a_thread():
+    """As the server does: the model lives in a thread that imported nothing."""
+    told = []
+    thread = threading.Thread(target=lambda: told.extend(Pipeline("deepseek_v3").tokens(limit=16)))
+    thread.start()
+    thread.join()
+    return told
+
+
+def callbacks():
+    """A callback that calls the model gets what upstream gives."""
+    pipeline = Pipeline()
+    prompt = mx.array([tiny_models.PROMPTS[0]])
+    seen = []
+
+    def callback(done, total):
+        seen.append(pipeline.model(prompt)[0, -1, :4].tolist())
+
+    return {"tokens": pipeline.tokens(prompt_progress_callback=callback), "seen": seen}
+
+
+def bad_samplers():
+    """Errors of rank 0's: a shape that cannot be shared, and a model that is called again."""
+    pipeline = Pipeline()
+    prompt = mx.array([tiny_models.PROMPTS[0]])
+    sampler = {
+        "shape": lambda logprobs: mx.argmax(logprobs),
+        "model": lambda logprobs: mx.argmax(pipeline.model(prompt)[:, -1], axis=-1),
+    }[sys.argv[2]]
+    ranks.report(None)  # rank 0's error ends the others, as one of upstream's would
+    try:
+        pipeline.tokens(sampler=sampler)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+
+
+def uninstalled_midway():
+    """A running generation goes on as it began; the next one is upstream's."""
+    pipeline = Pipeline()
+    steps = generate.generate_step(
+        mx.array(tiny_models.PROMPTS[1]), pipeline.model, max_tokens=8, sampler=make_sampler(0.8)
+    )
+    mx.random.seed(7)
+    told = {"tokens": [next(steps)[0], next(steps)[0]]}
+    with count_heads(pipeline.model) as count:
+        mlx_lm_skiphead.uninstall()
+        told["tokens"] += [token for token, _ in steps]
+    told["heads, running"] = count.evaluated()
+    told["restored"] = generate.generate_step is early_generate_step.__wrapped__
+    with count_heads(pipeline.model) as count:
+        told["next"] = pipeline.tokens()
+    told["heads, next"] = count.evaluated()
+    return told
+
+
+def not_ours():
+    """Loops that are not wrapped are upstream's on every rank, whatever the mode."""
+    mlx_lm_skiphead.uninstall()
+    upstream = generate.generate_step
+    mlx_lm_skiphead.install("hidden")
+    pipeline = Pipeline()
+    told = {"imported early": pipeline.tokens(step=upstream)}
+    batch = generate.BatchGenerator(pipeline.model, max_tokens=6)
+    batch.insert(tiny_models.PROMPTS)
+    told["batch"] = []
+    while responses := batch.next_generated():
+        told["batch"] += [[r.uid, r.token] for r in responses]
+    batch.close()
+    draft = tiny_models.make("qwen2-untied")
+    told["speculative"] = [
+        token
+        for token, _, _ in generate.speculative_generate_step(
+            mx.array(tiny_models.PROMPTS[1]), pipeline.model, draft, max_tokens=8
+        )
+    ]
+    # Nothing that is not pipelined is touched.
+    told["alone"] = [t for t, _ in generate.generate_step(mx.array([3]), draft, max_tokens=4)]
+    return told
+
+
+def main(scenario: str, *_: str) -> None:
+    told = globals()[scenario]()
+    if scenario in LEAVE_A_STEP_IN_FLIGHT:
+        mx.synchronize(generate.generation_stream)
+    ranks.report(told)
+    if scenario == "in_a_thread":
+        # mlx aborts now and then where a thread that generated ends before its process, with or
+        # without the plugin; the server's never does.
+        os._exit(0)
+
+
+main(*sys.argv[1:])

@@ -1,0 +1,289 @@
+"""Starts real ranks for a test and collects what each of them says.
+
+`launch` runs a script on N ranks of this machine with `mlx.launch --backend ring`, `alone` runs
+it in one plain process; in the script, `report` hands over the result. Whatever happens, no
+process of a launch outlives it.
+
+Left out: other backends, other hosts, and a look at a rank while it runs. A process that a rank
+puts into a session of its own is not followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+
+# Of the caller's environment these do not reach the ranks, unless asked for.
+NOT_INHERITED = ("MLX_LM_SKIPHEAD", "MLX_RANK", "MLX_HOSTFILE")
+
+# Below what Linux and macOS hand out to outgoing connections, clear of mlx.launch's own default.
+PORTS = range(20000, 32000)
+
+TAIL = 10_000  # characters of each output stream that an error shows
+
+# mlx.launch exits with 0 even if a rank failed: these lines are all that it says.
+_RANK_FAILED = re.compile(r"Node with rank \d+ (?:was killed|exited with code \S+)")
+
+
+class RanksTimeout(AssertionError):
+    """The ranks did not end in time and were killed."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the ranks of one launch said; `results[r]` is None where rank r reported nothing."""
+
+    results: list[Any]
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+def report(value: Any) -> None:
+    """Called in a rank: hands `value` (anything JSON can hold) to the test; the last one counts."""
+    file = Path(os.environ["RANK_RESULTS"], f"{os.environ.get('MLX_RANK', '0')}.json")
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value), encoding="utf-8")
+    part.replace(file)
+
+
+def launch(
+    script: Path | str,
+    *args: str,
+    ranks: int,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+    check: bool = True,
+) -> Launch:
+    """Runs `script` on two ranks or more, which see `env` on top of the caller's environment.
+
+    With `check` an AssertionError with all outputs says if a rank failed, if the ring lost a
+    connection, or if some ranks reported and others did not. Ranks that have not ended after
+    `timeout` seconds are killed, and RanksTimeout is raised whatever `check` says.
+    """
+    if ranks < 2:
+        raise ValueError("mlx.launch gives one rank an empty ring, which mlx refuses: use alone()")
+    with _folder() as folder:
+        command = [*_mlx_launch(), "-n", str(ranks), "--backend", "ring"]
+        command += ["--starting-port", str(_free_ports(ranks))]
+        for name, value in _rank_environment(env, folder).items():
+            command += ["--env", f"{name}={value}"]
+        command += ["--", sys.executable, str(script), *args]
+
+        run = _Run(command, folder, ranks)
+        exit_code = run.wait(_inherited() | {"TMPDIR": str(folder)}, timeout)
+        if check:
+            run.check(exit_code)
+        return run.outcome()
+
+
+def alone(
+    script: Path | str,
+    *args: str,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+    check: bool = True,
+) -> Launch:
+    """Runs `script` as `launch` does, but in one process and without mlx.launch.
+
+    With `check` a nonzero exit is an AssertionError too.
+    """
+    with _folder() as folder:
+        run = _Run([sys.executable, str(script), *args], folder, ranks=1)
+        environment = {"TMPDIR": str(folder)} | _rank_environment(env, folder)
+        exit_code = run.wait(_inherited() | environment, timeout)
+        if check:
+            run.check(exit_code)
+        return run.outcome()
+
+
+class _Run:
+    """One command in a session of its own, with its outputs and the ranks' results in `folder`."""
+
+    def __init__(self, command: list[str], folder: Path, ranks: int) -> None:
+        self.command = command
+        self.folder = folder
+        self.ranks = ranks
+        self.seconds = 0.0
+
+    def wait(self, environment: Mapping[str, str], timeout: float) -> int:
+        """Runs the command to its end and returns its exit code; kills it after `timeout` s."""
+        start = time.monotonic()
+        with (
+            open(self.folder / "stdout", "wb") as stdout,
+            open(self.folder / "stderr", "wb") as stderr,
+        ):
+            process = subprocess.Popen(
+                self.command,
+                # Never written, never closed before the end: mlx.launch spins at end of file.
+                stdin=subprocess.PIPE,
+                stdout=stdout,
+                stderr=stderr,
+                env=environment,
+                start_new_session=True,
+            )
+            exit_code = None
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    exit_code = process.wait(timeout)
+            finally:
+                _end(process)
+                self.seconds = time.monotonic() - start
+        if exit_code is None:
+            raise RanksTimeout(self.describe(f"not done after {timeout:g} s, killed"))
+        return exit_code
+
+    def outcome(self) -> Launch:
+        reported = self.reported()
+        return Launch(
+            results=[reported.get(rank) for rank in range(self.ranks)],
+            stdout=self.output("stdout"),
+            stderr=self.output("stderr"),
+            seconds=self.seconds,
+        )
+
+    def check(self, exit_code: int) -> None:
+        problems = [f"the command exited with code {exit_code}"] if exit_code else []
+        said = self.output("stdout") + "\n" + self.output("stderr")
+        problems += _RANK_FAILED.findall(said)
+        problems += dict.fromkeys(line for line in said.splitlines() if "[ring]" in line)
+        reported = self.reported()
+        if reported:
+            silent = [rank for rank in range(self.ranks) if rank not in reported]
+            problems += [f"rank {rank} reported nothing, others did" for rank in silent]
+        if problems:
+            raise AssertionError(self.describe(*problems))
+
+    def reported(self) -> dict[int, Any]:
+        files = (self.folder / "results").glob("*.json")
+        return {int(f.stem): json.loads(f.read_text(encoding="utf-8")) for f in sorted(files)}
+
+    def output(self, name: str) -> str:
+        return (self.folder / name).read_text(encoding="utf-8", errors="replace")
+
+    def describe(self, *problems: str) -> str:
+        results = [f"  rank {rank}: {value!r}" for rank, value in self.reported().items()]
+        return "\n".join(
+            [
+                *problems,
+                f"command: {shlex.join(self.command)}",
+                "results:",
+                *(results or ["  none"]),
+                "--- stdout",
+                self.output("stdout")[-TAIL:],
+                "--- stderr",
+                self.output("stderr")[-TAIL:],
+            ]
+        )
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A fresh folder for outputs, results and mlx.launch's temporary files."""
+    with tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        (folder / "results").mkdir()
+        # On a CPU mlx keeps the kernels that it compiled in TMPDIR/mlx: with an empty one each
+        # launch would wait for a C++ compiler again.
+        kernels = Path(tempfile.gettempdir(), "mlx")
+        kernels.mkdir(exist_ok=True)
+        (folder / "mlx").symlink_to(kernels, target_is_directory=True)
+        yield folder
+
+
+def _mlx_launch() -> list[str]:
+    beside = Path(sys.executable).with_name("mlx.launch")
+    if beside.exists():
+        return [str(beside)]
+    return [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+
+
+def _inherited() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+
+
+def _rank_environment(env: Mapping[str, str] | None, folder: Path) -> dict[str, str]:
+    # Unbuffered, so that a rank that is killed has said what it printed.
+    environment = {"PYTHONUNBUFFERED": "1"} | dict(env or {})
+    path = environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), path] if path else [str(TESTS)])
+    environment["RANK_RESULTS"] = str(folder / "results")
+    return environment
+
+
+_ports_lock = threading.Lock()
+# Not `random.randrange`: test processes side by side may well have seeded that alike.
+_next_port = random.SystemRandom().randrange(PORTS.start, PORTS.stop)
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` consecutive free ports. Ports come round again after all others."""
+    global _next_port
+    with _ports_lock:
+        for _ in PORTS:
+            first = _next_port if _next_port + count <= PORTS.stop else PORTS.start
+            _next_port = first + count
+            if all(_is_free(port) for port in range(first, first + count)):
+                return first
+    raise RuntimeError(f"no {count} consecutive free ports in {PORTS}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills what is left of the process's group and returns when all of it is gone."""
+    group = process.pid  # by start_new_session; bash and the ranks stay in it
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+    limit = time.monotonic() + 30
+    while _is_alive(group):
+        if time.monotonic() > limit:
+            raise RuntimeError(f"processes of group {group} survived SIGKILL")
+        time.sleep(0.01)
+
+
+def _is_alive(group: int) -> bool:
+    """Whether the group has a process that runs; one that is dead but not reaped does not count.
+
+    Orphans are reaped by process 1, and in a container that may be a program that never does.
+    """
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):  # PermissionError: macOS, all of them dead
+        return False
+    if not Path("/proc/self/stat").exists():
+        return True
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # "pid (name) state ppid pgrp ...", and the name may have spaces and brackets in it.
+            state, _, pgrp = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state not in "ZX":
+                return True
+    return False

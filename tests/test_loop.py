@@ -1,0 +1,72 @@
+"""The wrapped loop on real ranks: what a user may do to it, against one process without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+
+SCRIPT = Path(__file__).with_name("rank_loop.py")
+ON = {"MLX_LM_SKIPHEAD": "1"}
+
+
+def alone(*scenario: str) -> Any:
+    return ranks.alone(SCRIPT, *scenario).results[0]
+
+
+def on_ranks(*scenario: str, count: int = 2, plugin: bool = True, check: bool = True) -> list[Any]:
+    env = ON if plugin else {}
+    return ranks.launch(SCRIPT, *scenario, ranks=count, env=env, check=check).results
+
+
+def test_the_guard_of_the_pull_request_alone_breaks_generation():
+    """Every rank samples from its own logits: skipping the head takes sharing the token."""
+    told = on_ranks("guard_alone", plugin=False)
+    assert told[0]["upstream"] == told[1]["upstream"]
+    assert told[0]["guard alone"] != told[0]["upstream"]
+    assert told[0]["guard alone"] != told[1]["guard alone"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_hundred_short_requests(count):
+    right = alone("short_requests")
+    assert on_ranks("short_requests", count=count) == [right] * count
+
+
+def test_generation_in_a_thread():
+    assert on_ranks("in_a_thread") == [alone("in_a_thread")] * 2
+
+
+def test_a_callback_may_call_the_model():
+    right = alone("callbacks")
+    for told in on_ranks("callbacks"):
+        assert told["tokens"] == right["tokens"]
+        for seen, expected in zip(told["seen"], right["seen"], strict=True):
+            assert seen == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("shape", "The sampler returned an array of shape () for logprobs of shape (1, 256)"),
+        ("model", "a sampler called a pipelined model. With mlx-lm-skiphead, samplers and logits"),
+    ],
+)
+def test_a_sampler_that_cannot_work_is_an_error(kind, message):
+    assert on_ranks("bad_samplers", kind, check=False)[0].startswith(message)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_uninstall_during_a_generation(count):
+    told = on_ranks("uninstalled_midway", count=count)
+    for rank, answer in enumerate(told):
+        assert answer["tokens"] == told[0]["tokens"] and answer["next"] == told[0]["next"]
+        assert answer["restored"]
+        assert answer["heads, running"] == (6 if rank == 0 else 0)
+        assert answer["heads, next"] == 9
+
+
+def test_what_is_not_wrapped_is_upstreams_also_when_hidden():
+    assert on_ranks("not_ours") == [alone("not_ours")] * 2

@@ -1,0 +1,224 @@
+"""The switch, import orders, install and uninstall: each in a process of its own, no ranks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from mlx_lm_skiphead.config import SPELLINGS, VARIABLE, requested_mode
+
+PLUGIN = "import mlx_lm_skiphead"
+ORDERS = list(
+    itertools.permutations([PLUGIN, "import mlx_lm", "from mlx_lm.models import solar_open"])
+)
+
+
+def run(code: str, value: str | None = None, check: bool = True) -> subprocess.CompletedProcess:
+    """Run `code` in a new process with the variable set to `value`, or unset."""
+    environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)  # for tiny_models
+    if value is not None:
+        environment[VARIABLE] = value
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("value", [None, "0", "1", "hidden"])
+def test_import_does_not_import_mlx(value):
+    mlx = "[m for m in sys.modules if m.split('.')[0] in ('mlx', 'mlx_lm')]"
+    assert run(f"import sys, mlx_lm_skiphead; print({mlx})", value).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "off", "false", "no"])
+def test_off_registers_nothing(value):
+    run(
+        """
+        import sys
+        finders = list(sys.meta_path)
+        import mlx_lm_skiphead
+        assert sys.meta_path == finders
+        assert "wrapt" not in sys.modules and "mlx_lm_skiphead.patching" not in sys.modules
+        import mlx.core as mx, mlx_lm
+        from mlx_lm.models import qwen2
+        import importlib, types
+        generate = importlib.import_module("mlx_lm.generate")
+        assert type(generate.generate_step) is types.FunctionType
+        assert type(qwen2.Model.__call__) is types.FunctionType
+        status = mlx_lm_skiphead.status()
+        assert status.mode == "off"
+        assert {t.state for t in (*status.families.values(), *status.loops.values())} == {"off"}
+        """,
+        value,
+    )
+
+
+@pytest.mark.parametrize("value", [v for v, mode in SPELLINGS.items() if mode != "off"])
+def test_on(value):
+    code = "import mlx_lm_skiphead; print(mlx_lm_skiphead.status().mode)"
+    assert run(code, value).stdout.strip() == SPELLINGS[value]
+
+
+@pytest.mark.parametrize("value", ["2", "ON", "enable", " 1", "hidden "])
+def test_any_other_value_is_an_error_that_lists_the_values(value):
+    with pytest.raises(ValueError, match=VARIABLE) as error:
+        requested_mode({VARIABLE: value})
+    assert repr(value) in str(error.value)
+    assert all(repr(accepted) in str(error.value) for accepted in SPELLINGS)
+    done = run(PLUGIN, value, check=False)
+    assert done.returncode == 1 and "ValueError: MLX_LM_SKIPHEAD=" in done.stderr
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: " ".join(i.split()[-1] for i in order))
+def test_any_import_order_gives_the_same(order):
+    # solar_open's Model is glm4_moe's: one class, two names, wrapped once.
+    code = "\n".join(order) + textwrap.dedent(
+        """
+        import importlib, wrapt
+        import mlx.core as mx
+        from mlx_lm.models import glm4_moe, kimi_k25, solar_open
+        generate = importlib.import_module("mlx_lm.generate")
+        status = mlx_lm_skiphead.status()
+        print(sorted(n for n, t in status.families.items() if t.state == "patched"))
+        print(sorted({t.state for t in status.families.values()}), status.loops)
+
+        def layers(function):
+            return sum(isinstance(f, wrapt.FunctionWrapper) for f in wrapt.wrapper_chain(function))
+
+        print([
+            layers(vars(cls)["__call__"])
+            for cls in (glm4_moe.Model, glm4_moe.LanguageModel, kimi_k25.DeepseekV3Model)
+        ], layers(generate.generate_step), layers(mx.distributed.all_gather))
+        """
+    )
+    assert run(code, "1").stdout.splitlines() == [
+        "['deepseek_v3', 'glm4_moe', 'kimi_k25', 'solar_open']",
+        "['not imported', 'patched'] {'generate_step': Target(state='patched', reason='')}",
+        "[1, 1, 1] 1 1",
+    ]
+
+
+def test_all_families_are_patched_and_restored():
+    run(
+        """
+        import importlib
+        import mlx.core as mx
+        import mlx_lm_skiphead
+        from mlx_lm_skiphead.families import FAMILIES
+
+        generate = importlib.import_module("mlx_lm.generate")
+        modules = [importlib.import_module(family.module) for family in FAMILIES]
+
+        def functions():
+            found = {"loop": generate.generate_step, "gather": mx.distributed.all_gather}
+            for module in modules:
+                for name, cls in vars(module).items():
+                    if isinstance(cls, type):
+                        found[module.__name__, name] = vars(cls).get("__call__")
+            return found
+
+        upstream = functions()
+        for _ in range(2):
+            mlx_lm_skiphead.install()
+            once = functions()
+            mlx_lm_skiphead.install()  # twice installed is once installed
+            assert all(a is b for a, b in zip(once.values(), functions().values(), strict=True))
+            status = mlx_lm_skiphead.status()
+            states = {n: t for n, t in (status.families | status.loops).items()}
+            assert all(str(t) == "patched" for t in states.values()), states
+            assert once["loop"] is not upstream["loop"]
+            mlx_lm_skiphead.uninstall()
+            mlx_lm_skiphead.uninstall()
+            restored = functions()
+            assert all(restored[name] is upstream[name] for name in upstream)
+            assert mlx_lm_skiphead.status().mode == "off"
+        """
+    )
+
+
+def test_a_module_imported_after_uninstall_is_left_alone():
+    run(
+        """
+        import types
+        import mlx_lm_skiphead
+        mlx_lm_skiphead.uninstall()
+        from mlx_lm.models import qwen2
+        assert type(vars(qwen2.Model)["__call__"]) is types.FunctionType
+        mlx_lm_skiphead.install()
+        assert type(vars(qwen2.Model)["__call__"]) is not types.FunctionType
+        """,
+        "1",
+    )
+
+
+def test_an_unknown_mode_is_an_error():
+    done = run("import mlx_lm_skiphead; mlx_lm_skiphead.install('off')", check=False)
+    assert "ValueError: mode='off' is not understood. Accepted: 'on', 'hidden'." in done.stderr
+
+
+# An mlx-lm in which qwen2 has no hidden broadcast any more, as far as its code shows.
+CHANGED = """
+import mlx_lm_skiphead
+from mlx_lm.models import qwen2
+def __call__(self, inputs, cache=None, input_embeddings=None):
+    return self.norm(self.embed_tokens(inputs))
+qwen2.Qwen2Model.__call__ = __call__
+model_call = qwen2.Model.__call__
+{install}
+"""
+
+
+def test_what_does_not_fit_is_left_to_upstream_and_said():
+    code = CHANGED.format(install="mlx_lm_skiphead.install()") + textwrap.dedent(
+        """
+        assert qwen2.Model.__call__ is model_call and qwen2.Qwen2Model.__call__ is __call__
+        print(mlx_lm_skiphead.status().families["qwen2"])
+        """
+    )
+    done = run(code)
+    assert done.stdout.startswith("refused: mlx_lm.models.qwen2.Qwen2Model has 0 calls of all_gath")
+    assert "qwen2 is left to upstream mlx-lm" in done.stderr
+
+
+def test_what_does_not_fit_raises_if_strict():
+    done = run(CHANGED.format(install="mlx_lm_skiphead.install(strict=True)"), None, False)
+    assert "SkipheadError: qwen2 is left to upstream mlx-lm" in done.stderr
+
+
+def test_one_rank_is_unchanged():
+    run(
+        """
+        import importlib
+        import mlx.core as mx
+        import mlx_lm_skiphead
+        import tiny_models
+
+        generate = importlib.import_module("mlx_lm.generate")
+        model = tiny_models.make("qwen2-tied")
+        prompt = mx.array(tiny_models.PROMPTS[1])
+
+        def results():
+            steps = list(generate.generate_step(prompt, model, max_tokens=8))
+            return [t for t, _ in steps], mx.stack([p for _, p in steps]), model(prompt[None])
+
+        before = results()
+        mlx_lm_skiphead.install()
+        # Upstream's own generator, not one of ours around it.
+        assert generate.generate_step(prompt, model).gi_code.co_name == "generate_step"
+        after = results()
+        assert before[0] == after[0]
+        assert mx.array_equal(before[1], after[1]) and mx.array_equal(before[2], after[2])
+        """
+    )
