@@ -345,7 +345,7 @@ def _randomize(model: nn.Module) -> None:
     for name, value in tree_flatten(model.parameters()):
         noise = mx.random.normal(value.shape)
         if value.dtype == mx.uint32:
-            value = mx.random.bits(value.shape)
+            value = mx.random.randint(0, 2**31 - 1, value.shape).astype(mx.uint32)
         elif name in vocabulary:
             value = 0.35 * noise
         elif value.ndim == 1:

@@ -1,0 +1,74 @@
+"""Every family on real ranks with the plugin, against one process without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import tiny_models
+
+from mlx_lm_skiphead.families import FAMILIES
+
+SCRIPT = Path(__file__).with_name("rank_families.py")
+CASES = [
+    # A tieable family's usual head is one of the two kinds that have cases of their own.
+    *(case for case in tiny_models.CONFIGS if case not in tiny_models.TIEABLE),
+    "deepseek_v3+quantized",
+    "qwen2-tied+quantized",
+]
+
+
+@pytest.fixture(scope="module")
+def right() -> dict[str, Any]:
+    """What one process without the plugin answers."""
+    return ranks.alone(SCRIPT, *CASES, timeout=300).results[0]
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def told(request) -> list[dict[str, Any]]:
+    """What each of several ranks with the plugin answers."""
+    return ranks.launch(
+        SCRIPT, *CASES, ranks=request.param, env={"MLX_LM_SKIPHEAD": "1"}, timeout=600
+    ).results
+
+
+def test_the_cases_cover_the_table():
+    names = {case.partition("-")[0].partition("+")[0] for case in CASES}
+    assert names == {family.name for family in FAMILIES}
+
+
+def test_answers_vary(right):
+    """Or agreeing would mean little."""
+    for case in CASES:
+        tokens = [tuple(answer["tokens"]) for answer in right[case]["requests"].values()]
+        assert len(set(tokens)) == len(tokens), case
+        assert sum(len(set(t)) for t in tokens) > 20, case
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_family(case, right, told):
+    answers = right[case]["requests"]
+    for rank, answered in enumerate(t[case] for t in told):
+        for kind in ("requests", "requests, hidden"):
+            for name, answer in answered[kind].items():
+                where = f"{case}, {name}, rank {rank}, {kind}"
+                assert answer["tokens"] == answers[name]["tokens"], where
+                assert answer["random"] == answers[name]["random"], where
+                if rank == 0:
+                    expected = pytest.approx(answers[name]["logprobs"], abs=1e-3)
+                    assert answer["logprobs"] == expected, where
+                else:
+                    assert all(p != p for p in answer["logprobs"]), f"{where}: not NaN"
+        assert answered["heads per token"] == (1 if rank == 0 else 0), case
+
+        # Outside the loops every rank gets logits, as from upstream.
+        logits = right[case]["direct"]
+        near = pytest.approx(logits["numbers"], abs=1e-2)
+        assert answered["direct"] == {"shape": logits["shape"], "numbers": near}, case
+        if rank == 0:
+            assert answered["direct, hidden"] == {"shape": logits["shape"], "numbers": near}, case
+        else:
+            batch, length, _ = logits["shape"]
+            assert answered["direct, hidden"]["shape"] == [batch, length, tiny_models.HIDDEN], case

@@ -1,0 +1,48 @@
+"""A real model through mlx-lm's own front doors, on 1, 2 and 3 ranks with the plugin."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+
+SCRIPT = Path(__file__).with_name("rank_real.py")
+ON = {"MLX_LM_SKIPHEAD": "1"}
+
+
+@pytest.fixture(scope="module")
+def right(real_model: Path) -> dict[str, Any]:
+    """What one process without the plugin says."""
+    return ranks.alone(SCRIPT, str(real_model), timeout=300).results[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_real_model(count: int, right: dict[str, Any], real_model: Path) -> None:
+    if count == 1:
+        told = ranks.alone(SCRIPT, str(real_model), env=ON, timeout=300).results
+    else:
+        told = ranks.launch(SCRIPT, str(real_model), ranks=count, env=ON, timeout=600).results
+    assert right["mode"] == "off"
+    assert right["stop"]["text"] == "The capital of France is Paris."
+    assert right["stop"]["finish"][-1] == "stop" and right["length"]["finish"][-1] == "length"
+    assert len(right["stop at once"]["tokens"]) == 1
+    for rank, answers in enumerate(told):
+        assert answers["mode"] == "on"
+        for name in ("stop", "length", "first token", "seeded", "stop at once"):
+            for part in ("tokens", "text", "finish"):
+                assert answers[name][part] == right[name][part], f"rank {rank}, {name}, {part}"
+            if rank == 0:
+                logprobs = pytest.approx(right[name]["logprobs"], abs=1e-3)
+                assert answers[name]["logprobs"] == logprobs, name
+        assert answers["generate"] == right["generate"]
+    chat = told[0]["chat"]
+    # Only speeds may differ.
+    assert _without_numbers(chat) == _without_numbers(right["chat"])
+    assert "Averages: " in told[0]["benchmark"]
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"\d+\.\d+", "#", text)
