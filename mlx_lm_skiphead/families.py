@@ -80,3 +80,20 @@ FAMILIES = (
 )
 
 BY_NAME = {family.name: family for family in FAMILIES}
+
+
+def markdown() -> str:
+    """The table as README.md shows it: ``python -m mlx_lm_skiphead.families`` prints it."""
+    rows = ["| family | its head is run by | on the hidden states of |", "|---|---|---|"]
+    for family in FAMILIES:
+        if family.same_as:
+            rows.append(f"| {family.name} | as {family.same_as} | |")
+        else:
+            path = f"{family.owner}.{family.stage}".lstrip(".")
+            owner = family.head_class + (f" (`{family.owner}`)" if family.owner else "")
+            rows.append(f"| {family.name} | {owner} | {family.stage_class} (`{path}`) |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(markdown())

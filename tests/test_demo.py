@@ -1,0 +1,91 @@
+"""The demo, as a user starts it: what it prints, its exit codes, and that nothing is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mlx_lm_skiphead.cli import demo, main
+
+DEMO = [sys.executable, "-m", "mlx_lm_skiphead", "demo"]
+
+
+def ranks_of(parent: int) -> list[int]:
+    """The processes that `parent` has started."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
+    return [
+        int(p) for p, pp in (line.split() for line in listed.splitlines()[1:]) if int(pp) == parent
+    ]
+
+
+def test_demo() -> None:
+    done = subprocess.run(
+        [*DEMO, "-n", "3", "--max-tokens", "4"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"│ +(\d) │ (.+?) +│.*│ +([\d.]+ → [\d.]+) │.*│.*│", done.stdout)
+    assert rows == [
+        ("0", "head", "1.00 → 1.00"),
+        ("1", "middle", "1.00 → 0.00"),
+        ("2", "first stage", "1.00 → 0.00"),
+    ]
+    assert "Tokens agree: 4 greedy and 4 at temperature 0.8, on all 3 ranks" in done.stdout
+    assert "skip / unpatched" in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_of_a_demo_that_is_stopped(how: signal.Signals) -> None:
+    process = subprocess.Popen(
+        DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    while "loading" not in process.stdout.readline():
+        assert process.poll() is None
+    ranks = ranks_of(process.pid)
+    assert len(ranks) == 2
+    process.send_signal(how)
+    output, errors = process.communicate(timeout=60)
+    if how != signal.SIGKILL:
+        assert process.returncode == 130 and "all ranks have been ended" in output
+        assert not errors
+    limit = time.monotonic() + 30  # ranks of a killed parent notice at their next look
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_different_tokens_are_said_and_exit_1() -> None:
+    plain = {"text": "a", "greedy": [1, 2], "seeded": [3]}
+    console = Console(record=True, width=120)
+    assert demo._compare(console, [plain] * 2, [plain, {**plain, "greedy": [1, 9]}]) == 1
+    assert "rank 1, greedy: [1, 9] where unpatched mlx-lm gives [1, 2]" in console.export_text()
+
+
+def test_a_model_that_is_not_there(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["demo", "--model", str(tmp_path)]) == 1
+    said = capfd.readouterr().out
+    assert "The demo could not run" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-n", "1"], ["-n", "two"], ["--max-tokens", "0"], ["--unknown"]]
+)
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["demo", *arguments])
+    assert error.value.code == 2
+    assert "error:" in capsys.readouterr().err
