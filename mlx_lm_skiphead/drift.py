@@ -8,10 +8,17 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .families import Family
+
+
+def is_pipelined(module: ModuleType) -> bool:
+    """Whether this mlx-lm can pipeline the models of `module` at all; older ones can fewer."""
+    classes = (cls for cls in vars(module).values() if inspect.isclass(cls))
+    return any(hasattr(cls, "pipeline") for cls in classes if cls.__name__ != "PipelineMixin")
 
 
 def family_drift(family: Family, module: ModuleType) -> str | None:
@@ -45,22 +52,63 @@ def alias_drift(family: Family, module: ModuleType, base: ModuleType) -> str | N
     return None
 
 
-def loop_drift(function: Any, *needed: str) -> str | None:
-    """Why a generation loop cannot be wrapped: a generator that takes the `needed` parameters."""
-    if not inspect.isgeneratorfunction(function):
+class _Needs(NamedTuple):
+    """What the wrapper of a function relies on."""
+
+    parameters: tuple[str, ...] = ()
+    is_generator: bool = False
+    reads: tuple[str, ...] = ()
+    """Attributes that its code reads."""
+    assigns: str = ""
+    """An attribute that its code assigns once."""
+
+
+_LOOPS = {
+    "generate_step": _Needs(
+        ("model", "sampler", "logits_processors", "prompt_progress_callback"), is_generator=True
+    ),
+    "speculative_generate_step": _Needs(
+        ("model", "draft_model", "sampler", "logits_processors"), is_generator=True
+    ),
+    "GenerationBatch._step": _Needs(
+        reads=("model", "uids", "samplers", "fallback_sampler", "logits_processors"),
+        assigns="_next_tokens",
+    ),
+    "GenerationBatch.filter": _Needs(("keep",)),
+    "BatchGenerator.close": _Needs(reads=("_stream",)),
+}
+
+
+def loop_drift(path: str, module: ModuleType) -> str | None:
+    """Why a function of mlx-lm's generation loops cannot be wrapped, or None where it can."""
+    try:
+        function = attrgetter(path)(module)
+    except AttributeError as error:
+        return str(error)
+    needs = _LOOPS[path]
+    if needs.is_generator and not inspect.isgeneratorfunction(function):
         return "it is not a generator function"
-    missing = [name for name in needed if name not in inspect.signature(function).parameters]
-    return f"it has no parameter {', '.join(missing)}" if missing else None
+    missing = [n for n in needs.parameters if n not in inspect.signature(function).parameters]
+    if missing:
+        return f"it has no parameter {', '.join(missing)}"
+    missing = [n for n in needs.reads if not _mentions(function, n)]
+    if missing:
+        return f"it does not read {', '.join(missing)}"
+    if needs.assigns and _mentions(function, needs.assigns, ("STORE_ATTR",)) != 1:
+        return f"it does not assign {needs.assigns} once"
+    return None
 
 
-def _mentions(function: Callable[..., Any], name: str) -> int:
-    """How often the code of `function`, and of functions inside it, reads the attribute `name`."""
+def _mentions(
+    function: Callable[..., Any], name: str, how: tuple[str, ...] = ("LOAD_ATTR", "LOAD_METHOD")
+) -> int:
+    """How often the code of `function`, and of functions inside it, uses the attribute `name`."""
     code = inspect.unwrap(function).__code__
     return sum(
         instruction.argval == name
         for part in _with_inner(code)
         for instruction in dis.get_instructions(part)
-        if instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
+        if instruction.opname in how
     )
 
 

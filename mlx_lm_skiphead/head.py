@@ -30,7 +30,9 @@ class _Forward:
         self.run = run
         self.skip_head = skip_head
         self.sent: mx.array | None = None
-        """What the hidden broadcast was given, in a run: on a worker its send."""
+        """What the hidden broadcast was given, in a run: ``(B, L, H)``, on a worker its send."""
+        self.length = 0
+        """L."""
 
 
 class _BeforeHead(BaseException):
@@ -90,7 +92,9 @@ def model_call(family: Family) -> Wrapper:
                     "mlx-lm-skiphead cannot skip its head. Unset MLX_LM_SKIPHEAD on all ranks "
                     "to use this mlx-lm."
                 )
-            run.sent = forward.sent
+            run.sent, run.length = forward.sent, forward.length
+            if not run.is_worker:
+                this_thread.alone = run.then_alone
         return logits
 
     return call
@@ -119,7 +123,7 @@ def all_gather(
     forward = this_thread.forward
     if forward is None or forward.run is None or kwargs or len(args) != 1:
         return wrapped(*args, **kwargs)
-    forward.sent = args[0]
+    forward.sent, forward.length = args[0], args[0].shape[1]
     return args[0]
 
 

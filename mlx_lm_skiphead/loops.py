@@ -1,9 +1,12 @@
 """mlx-lm's generation loops, wrapped: where heads are skipped, because tokens are shared.
 
-`generate_step` serves `generate`, `stream_generate`, `mlx_lm.chat` and `mlx_lm.benchmark`. It is
-upstream's loop that runs, with another sampler, and with its steps built inside a `Run`.
-Not touched, so without a skipped head: `speculative_generate_step` and `GenerationBatch`
-(`batch_generate`, `mlx_lm.server`), and a `generate_step` imported by name before the plugin.
+- `generate_step` serves `generate`, `stream_generate`, `mlx_lm.chat` and `mlx_lm.benchmark`;
+- `GenerationBatch` serves `BatchGenerator`, `batch_generate` and `mlx_lm.server`;
+- `speculative_generate_step`, where a pipelined model checks what a draft model on every rank
+  proposes.
+
+It is upstream's loop that runs, each time, with other samplers, and with its steps built inside
+a `Run`. Not touched: a loop that was imported by name before the plugin.
 """
 
 from __future__ import annotations
@@ -13,24 +16,36 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import mlx.core as mx
+import wrapt
 
 from . import config, patching
-from .sharing import Run
+from .sharing import (
+    LogitsProcessor,
+    Run,
+    Sampler,
+    finish,
+    on_rank_zero_only,
+    outside,
+    take_over_random_key,
+    this_thread,
+)
+
+Wrapped = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
-def run_of(model: Any, stream: Any) -> Run | None:
-    """A run of `model` on `stream`, or None where no head is to skip: one rank, or not patched."""
+def run_of(model: Any) -> Run | None:
+    """A run of `model`, or None where there is no head to skip: one rank, or not patched."""
     family = patching.family_of(model)
     if family is None:
         return None
     owner = family.owner_of(model)
     stage = family.stage_of(owner)
-    return Run(owner, stage.pipeline_rank, stream) if stage.pipeline_size > 1 else None
+    return Run(owner, stage.pipeline_rank != 0) if stage.pipeline_size > 1 else None
 
 
-def generate_step(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """The wrapper of `mlx_lm.generate.generate_step(prompt, model, ..., sampler=...)`.
 
     Yields rank 0's tokens on every rank. The logprobs beside them are rank 0's on rank 0, and NaN
@@ -39,37 +54,192 @@ def generate_step(
     if config.active == "off":
         return wrapped(*args, **kwargs)
     given = _arguments(wrapped, args, kwargs)
-    run = run_of(given["model"], given["stream"]) if given else None
+    run = run_of(given.get("model"))
     if run is None:
         return wrapped(*args, **kwargs)
+    sampler = on_rank_zero_only(given["sampler"] or _greedy, "a sampler")
+    processors = given["logits_processors"] or []
+
+    def sample(logprobs: mx.array) -> mx.array:
+        return run.share(None if run.is_worker else sampler(logprobs), logprobs.shape[0])
+
     kwargs = {
         **kwargs,
-        "sampler": run.sampler(kwargs.get("sampler") or _greedy),
-        "logits_processors": run.processors(kwargs.get("logits_processors")),
-        "prompt_progress_callback": run.callback(kwargs.get("prompt_progress_callback")),
+        "sampler": sample,
+        "logits_processors": None
+        if run.is_worker
+        else [on_rank_zero_only(p, "a logits processor") for p in processors],
+        "prompt_progress_callback": outside(given["prompt_progress_callback"]),
     }
-    return _steps(run, wrapped(*args, **kwargs))
+    return _steps(run, wrapped(*args, **kwargs), _stream(wrapped, given))
 
 
-def _arguments(
-    loop: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """What `loop` was given or takes by default, by name; nothing if it will refuse the call."""
-    try:
-        bound = inspect.signature(loop).bind(*args, **kwargs)
-    except TypeError:
-        return {}
-    bound.apply_defaults()
-    return bound.arguments
+def speculative_generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The wrapper of `mlx_lm.generate.speculative_generate_step(prompt, model, draft_model, ...)`.
+
+    The tokens that the pipelined `model` accepts are shared, all of a step at once. What the draft
+    model proposes is sampled on every rank, as upstream does, from the same random numbers: so
+    samplers and logits processors run on workers too, but only for the draft.
+    """
+    if config.active == "off":
+        return wrapped(*args, **kwargs)
+    given = _arguments(wrapped, args, kwargs)
+    run = run_of(given.get("model"))
+    if run is None:
+        return wrapped(*args, **kwargs)
+    sampler = given["sampler"] or _greedy
+    steered = _Speculation(run, sampler)
+    processors = given["logits_processors"]
+    # The draft goes by keyword from here on, or upstream would be given it twice.
+    args, kwargs = args[:2], {**_positional(wrapped, args[2:], skip=2), **kwargs}
+    kwargs = {
+        **kwargs,
+        "draft_model": _Draft(given["draft_model"], run),
+        "sampler": steered.sample,
+        "logits_processors": [steered.processor(p) for p in processors] if processors else None,
+    }
+    return _steps(run, wrapped(*args, **kwargs), _stream(wrapped, given))
 
 
-def _greedy(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)
+class _Speculation:
+    """Sampling in `speculative_generate_step`, which samples for both models.
+
+    The step's positions come all at once, or, with logits processors, one after another: rank 0
+    collects what it samples and shares with the last one. A worker shares with the first.
+    """
+
+    def __init__(self, run: Run, sampler: Sampler) -> None:
+        self._run = run
+        self._sampler = sampler
+        self._sampled: list[mx.array] = []
+        self._shared: mx.array | None = None
+
+    def sample(self, logprobs: mx.array) -> mx.array:
+        """Tokens ``(n,)`` of ``(n, V)``: the draft's, or rank 0's for the pipelined model."""
+        run, rows = self._run, logprobs.shape[0]
+        if not self._checking():
+            take_over_random_key()
+            return self._sampler(logprobs)
+        if run.is_worker:
+            if self._shared is None:
+                self._shared = run.share(None, run.length)
+            tokens, self._shared = self._shared[:rows], self._shared[rows:]
+            if not self._shared.size:
+                self._shared = None
+            return tokens
+        tokens = on_rank_zero_only(self._sampler, "a sampler")(logprobs)
+        self._sampled.append(tokens)
+        if sum(t.shape[0] for t in self._sampled) < run.length:
+            return tokens
+        everything, self._sampled = mx.concatenate(self._sampled), []
+        return run.share(everything, run.length)[run.length - rows :]
+
+    def processor(self, processor: LogitsProcessor) -> LogitsProcessor:
+        """`processor`, left out where a worker would give it the pipelined model's logits."""
+        alone = on_rank_zero_only(processor, "a logits processor")
+
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            if not self._checking():
+                return processor(tokens, logits)
+            return logits if self._run.is_worker else alone(tokens, logits)
+
+        return process
+
+    def _checking(self) -> bool:
+        """Whether what comes now is of the pipelined model, not of the draft."""
+        return self._run.sent is not None or self._shared is not None
 
 
-def _steps(
-    run: Run, loop: Generator[tuple[int, mx.array], None, None]
-) -> Generator[tuple[int, mx.array], None, None]:
+class _Draft(wrapt.CallableObjectProxy):  # type: ignore[type-arg]
+    """The draft model, where a call says that what is sampled next is its own."""
+
+    def __init__(self, draft_model: Any, run: Run) -> None:
+        super().__init__(draft_model)
+        self._self_run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._self_run.sent = None
+        return self.__wrapped__(*args, **kwargs)
+
+
+def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The wrapper of `mlx_lm.generate.GenerationBatch._step`: one share for the whole batch.
+
+    On rank 0 upstream samples each request as it would; on workers there are no samplers and no
+    logits processors. A batch that has begun so goes on so, also after `uninstall`.
+    """
+    if config.active == "off" and not patching.is_held(batch):
+        return wrapped(*args, **kwargs)
+    run = run_of(batch.model)
+    if run is None:
+        return wrapped(*args, **kwargs)
+    run.then_alone = "a sampler or a logits processor"
+    own = batch.samplers, batch.fallback_sampler, batch.logits_processors
+    cls = type(batch)
+    with patching.running(), run.building():
+        try:
+            if run.is_worker:
+                batch.samplers, batch.logits_processors = [], []
+                batch.fallback_sampler = lambda logprobs: None
+            batch.__class__ = _sharing(cls)
+            result = wrapped(*args, **kwargs)
+        finally:
+            this_thread.alone = ""
+            batch.__class__ = cls
+            batch.samplers, batch.fallback_sampler, batch.logits_processors = own
+        patching.hold(batch)
+    return result
+
+
+_sharing_classes: dict[type, type] = {}
+
+
+def _sharing(cls: type) -> type:
+    """`cls`, a `GenerationBatch`, in which assigning the sampled tokens shares them.
+
+    The assignment is where upstream has sampled, in whichever way, and has not yet begun to
+    compute the step: sharing after that would lose the overlap of building and computing.
+    """
+    if cls not in _sharing_classes:
+
+        def setattribute(self: Any, name: str, value: Any) -> None:
+            if name == "_next_tokens" and this_thread.run is not None:
+                this_thread.alone = ""
+                value = this_thread.run.share(value, len(self.uids))
+            object.__setattr__(self, name, value)
+
+        _sharing_classes[cls] = type(cls.__name__, (cls,), {"__setattr__": setattribute})
+    return _sharing_classes[cls]
+
+
+def batch_filter(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The wrapper of `GenerationBatch.filter`: a worker whose batch is empty catches up.
+
+    Rank 0 does not wait, so that the last answer leaves at once.
+    """
+    wrapped(*args, **kwargs)
+    if not batch.uids and patching.is_held(batch):
+        patching.release(batch)
+        take_over_random_key()
+
+
+def batch_close(wrapped: Wrapped, generator: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The wrapper of `BatchGenerator.close`: the last step is finished."""
+    wrapped(*args, **kwargs)
+    finish(generator._stream)
+
+
+WRAPPERS = {
+    "generate_step": generate_step,
+    "speculative_generate_step": speculative_generate_step,
+    "GenerationBatch._step": batch_step,
+    "GenerationBatch.filter": batch_filter,
+    "BatchGenerator.close": batch_close,
+}
+"""By what they wrap in `mlx_lm.generate`."""
+
+
+def _steps(run: Run, loop: Generator[Any, None, None], stream: Any) -> Generator[Any, None, None]:
     """`loop`, each step of it built inside `run`, and the last one finished before it ends."""
     with patching.running():
         try:
@@ -83,6 +253,30 @@ def _steps(
         except GeneratorExit:
             # The caller stops here (a stop token, max_tokens), and so do the other ranks.
             loop.close()
-            run.finish()
+            finish(stream)
             raise
-        run.finish()
+        finish(stream)
+
+
+def _arguments(loop: Wrapped, args: Args, kwargs: Kwargs) -> dict[str, Any]:
+    """What `loop` was given or takes by default, by name; nothing if it will refuse the call."""
+    try:
+        bound = inspect.signature(loop).bind(*args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _positional(loop: Wrapped, args: Args, skip: int) -> dict[str, Any]:
+    """Positional arguments of `loop`, from the one after `skip` on, by name."""
+    return dict(zip(list(inspect.signature(loop).parameters)[skip:], args, strict=False))
+
+
+def _stream(loop: Wrapped, given: dict[str, Any]) -> Any:
+    # mlx-lm 0.31 has the one stream of the module in place of the parameter.
+    return given.get("stream") or inspect.unwrap(loop).__globals__["generation_stream"]
+
+
+def _greedy(logprobs: mx.array) -> mx.array:
+    return mx.argmax(logprobs, axis=-1)

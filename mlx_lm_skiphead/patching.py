@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -24,15 +25,15 @@ log = logging.getLogger("mlx_lm_skiphead")
 
 LOOPS_MODULE = "mlx_lm.generate"
 LOOPS = {
-    "generate_step": (
-        "model",
-        "stream",
-        "sampler",
-        "logits_processors",
-        "prompt_progress_callback",
-    )
+    "generate_step": ("generate_step",),
+    "speculative_generate_step": ("speculative_generate_step",),
+    "GenerationBatch": (
+        "GenerationBatch._step",
+        "GenerationBatch.filter",
+        "BatchGenerator.close",
+    ),
 }
-"""The wrapped loops, and the parameters by which they are steered."""
+"""The wrapped loops, and what is wrapped for each: all of it or nothing."""
 
 
 class SkipheadError(RuntimeError):
@@ -40,9 +41,11 @@ class SkipheadError(RuntimeError):
 
 
 class Target(NamedTuple):
-    """What became of one thing to patch: ``"patched"``, ``"not imported"`` or ``"refused"``.
+    """What became of one thing to patch.
 
-    ``"off"`` where the plugin is not installed. `reason` says why something was refused.
+    `state` is ``"patched"``, ``"not imported"``, ``"refused"``, ``"not pipelined"`` (by the
+    installed mlx-lm, so nothing is to be done) or ``"off"`` (the plugin is not installed).
+    `reason` says why something was refused.
     """
 
     state: str
@@ -60,7 +63,7 @@ class Status(NamedTuple):
     families: dict[str, Target]
     """By module of ``mlx_lm.models``."""
     loops: dict[str, Target]
-    """By function of ``mlx_lm.generate``."""
+    """By function or class of ``mlx_lm.generate``."""
 
     def __str__(self) -> str:
         lines = [f"mlx-lm-skiphead is {self.mode}"]
@@ -79,10 +82,10 @@ class _Handle(NamedTuple):
 
 _lock = threading.RLock()
 _handles: list[_Handle] = []
-_refused: dict[str, str] = {}
-_patched: set[str] = set()
-_loaded_classes: dict[type, Family] = {}
+_outcomes: dict[str, Target] = {}
+_loaded_classes: dict[type, tuple[Family, list[_Handle]]] = {}
 _hooked: set[str] = set()
+_held: weakref.WeakSet[Any] = weakref.WeakSet()
 _strict = False
 _running = 0
 
@@ -127,13 +130,13 @@ def uninstall() -> None:
     """
     with _lock:
         config.active = "off"
-        if not _running:
-            _restore()
+        _settle()
 
 
 def status() -> Status:
     """What is patched in this process, what waits for its import, and what was refused and why."""
     with _lock:
+        _settle()
         return Status(
             config.active,
             {family.name: _target(family.name, family.module) for family in FAMILIES},
@@ -142,10 +145,14 @@ def status() -> Status:
 
 
 def family_of(model: Any) -> Family | None:
-    """The patched family that `model`, as mlx-lm loads it, belongs to; None if there is none."""
+    """The patched family that `model`, as mlx-lm loads it, belongs to; None if there is none.
+
+    None also where another package has since put something in place of what was patched.
+    """
     for cls in type(model).__mro__:
         if cls in _loaded_classes:
-            return _loaded_classes[cls]
+            family, handles = _loaded_classes[cls]
+            return family if all(map(_in_place, handles)) else None
     return None
 
 
@@ -160,15 +167,30 @@ def running() -> Iterator[None]:
     finally:
         with _lock:
             _running -= 1
-            if not _running and config.active == "off":
-                _restore()
+            _settle()
+
+
+def hold(batch: Any) -> None:
+    """As `running`, for a batch that has begun with the plugin: until it is empty or released."""
+    with _lock:
+        _held.add(batch)
+
+
+def is_held(batch: Any) -> bool:
+    """Whether `batch` has begun with the plugin and has not ended since."""
+    return batch in _held
+
+
+def release(batch: Any) -> None:
+    """`batch` has ended, whatever follows in it may be upstream's."""
+    with _lock:
+        _held.discard(batch)
+        _settle()
 
 
 def _target(name: str, module: str) -> Target:
-    if name in _refused:
-        return Target("refused", _refused[name])
-    if name in _patched:
-        return Target("patched")
+    if name in _outcomes:
+        return _outcomes[name]
     return Target("off" if config.active == "off" or module in sys.modules else "not imported")
 
 
@@ -187,28 +209,26 @@ def _patch(name: str, module: ModuleType) -> None:
         _attempt(name.rpartition(".")[2], module, _patch_family)
 
 
-def _attempt(name: str, module: ModuleType, patch: Callable[[str, ModuleType], str | None]) -> None:
-    if name in _patched:
+def _attempt(name: str, module: ModuleType, patch: Callable[[str, ModuleType], Target]) -> None:
+    if _outcomes.get(name) == Target("patched"):
         return
     before = len(_handles)
     try:
-        reason = patch(name, module)
+        outcome = patch(name, module)
     except Exception as error:  # an import of the user's must not fail for it
-        reason = f"{type(error).__name__}: {error}"
-    if reason is None:
-        _refused.pop(name, None)
-        _patched.add(name)
+        outcome = Target("refused", f"{type(error).__name__}: {error}")
+    _outcomes[name] = outcome
+    if outcome.state != "refused":
         return
     while len(_handles) > before:
         _undo(_handles.pop())
-    _refused[name] = reason
-    message = f"{name} is left to upstream mlx-lm, its head is not skipped: {reason}"
+    message = f"{name} is left to upstream mlx-lm, no head is skipped: {outcome.reason}"
     if _strict:
         raise SkipheadError(message)
     log.warning(message)
 
 
-def _patch_family(name: str, module: ModuleType) -> str | None:
+def _patch_family(name: str, module: ModuleType) -> Target:
     import mlx.core as mx
 
     from . import drift, head
@@ -217,34 +237,47 @@ def _patch_family(name: str, module: ModuleType) -> str | None:
     if family.same_as:
         base = BY_NAME[family.same_as].module
         _patch(base, sys.modules[base])
-        if family.same_as in _refused:
-            return f"{family.same_as} was refused: {_refused[family.same_as]}"
-        return drift.alias_drift(family, module, sys.modules[base])
+        reason = drift.alias_drift(family, module, sys.modules[base])
+        return Target("refused", reason) if reason else _outcomes[family.same_as]
+    if not drift.is_pipelined(module):
+        return Target("not pipelined")
     reason = drift.family_drift(family, module)
-    if reason is not None:
-        return reason
-    _wrap(mx.distributed, "all_gather", head.all_gather)
-    _wrap(getattr(module, family.stage_class), "__call__", head.stage_call)
-    _wrap(getattr(module, family.head_class), "__call__", head.model_call(family))
-    _loaded_classes[module.Model] = family
-    return None
+    if reason:
+        return Target("refused", reason)
+    handles = [
+        _wrap(mx.distributed, "all_gather", head.all_gather),
+        _wrap(getattr(module, family.stage_class), "__call__", head.stage_call),
+        _wrap(getattr(module, family.head_class), "__call__", head.model_call(family)),
+    ]
+    _loaded_classes[module.Model] = (family, handles)
+    return Target("patched")
 
 
-def _patch_loop(name: str, module: ModuleType) -> str | None:
+def _patch_loop(name: str, module: ModuleType) -> Target:
     from . import drift, loops
 
-    reason = drift.loop_drift(getattr(module, name, None), *LOOPS[name])
-    if reason is None:
-        _wrap(module, name, getattr(loops, name))
-    return reason
+    for path in LOOPS[name]:
+        reason = drift.loop_drift(path, module)
+        if reason:
+            return Target("refused", f"{LOOPS_MODULE}.{path}: {reason}")
+        _wrap(module, path, loops.WRAPPERS[path])
+    return Target("patched")
 
 
-def _wrap(target: Any, attribute: str, wrapper: Callable[..., Any]) -> None:
-    """Wrap ``target.attribute`` where it is defined, once."""
-    owner, attribute, _ = wrapt.resolve_owner(target, attribute)
-    if not any(h.owner is owner and h.attribute == attribute for h in _handles):
-        wrapped = wrapt.wrap_function_wrapper(owner, attribute, wrapper)
-        _handles.append(_Handle(owner, attribute, wrapped))
+def _wrap(target: Any, path: str, wrapper: Callable[..., Any]) -> _Handle:
+    """Wrap ``target.path`` where it is defined, once."""
+    owner, attribute, _ = wrapt.resolve_owner(target, path)
+    for handle in _handles:
+        if handle.owner is owner and handle.attribute == attribute:
+            return handle
+    handle = _Handle(owner, attribute, wrapt.wrap_function_wrapper(owner, attribute, wrapper))
+    _handles.append(handle)
+    return handle
+
+
+def _in_place(handle: _Handle) -> bool:
+    current = vars(handle.owner).get(handle.attribute)
+    return current is handle.wrapper or wrapt.is_wrapped_by(current, handle.wrapper)
 
 
 def _undo(handle: _Handle) -> None:
@@ -254,9 +287,12 @@ def _undo(handle: _Handle) -> None:
         log.warning("%s; what is left of mlx-lm-skiphead there does nothing", error)
 
 
-def _restore() -> None:
+def _settle() -> None:
+    """Give mlx-lm its functions back, if that was asked for and nothing runs that needs ours."""
+    if config.active != "off" or _running or any(len(batch) for batch in _held):
+        return
     while _handles:
         _undo(_handles.pop())
-    _patched.clear()
-    _refused.clear()
+    _outcomes.clear()
     _loaded_classes.clear()
+    _held.clear()

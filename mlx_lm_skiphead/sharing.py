@@ -1,11 +1,12 @@
-"""One run of a generation loop over a pipelined model: its scope, and the token share.
+"""The scope in which heads are skipped, and the token share that makes it right.
 
-While a loop builds a step of its model (`Run.building`), the model's forward pass ends before
-the head on workers and leaves out the hidden broadcast on all ranks (head.py). After sampling,
-`Run.share` gives every rank rank 0's tokens, with the one collective of the step.
+A `Run` is open in a thread while a loop builds a step of a pipelined model. In it the model's
+forward pass ends before the head on workers, and leaves out the hidden broadcast on all ranks
+(head.py). After sampling, `Run.share` gives every rank rank 0's tokens, with the one collective
+of the step.
 
-Words: the *head rank* is rank 0, which runs the last layers and the head and samples; a
-*worker* is any other rank.
+Words: the *head rank* is rank 0, which runs the last layers and the head and samples; a *worker*
+is any other rank.
 """
 
 from __future__ import annotations
@@ -31,27 +32,31 @@ class _PerThread(threading.local):
     alone: str = ""
     """What runs on rank 0 only at the moment ("a sampler"), or ""."""
 
+    last_share: tuple[mx.array, bool] | None = None
+    """The random key in the last share, and whether this rank has yet to take it over."""
+
 
 this_thread = _PerThread()
 
 
 class Run:
-    """One run of a generation loop over a pipelined model, on one rank.
+    """A loop over a pipelined model, on one rank.
 
     Args:
         owner: the head owner within the model (`Family.owner_of`).
-        rank: this rank's ``pipeline_rank``.
-        stream: what the loop computes on.
+        is_worker: whether this is any rank but 0.
     """
 
-    def __init__(self, owner: Any, rank: int, stream: Any) -> None:
+    def __init__(self, owner: Any, is_worker: bool) -> None:
         self.owner = owner
-        self.is_worker = rank != 0
-        self._stream = stream
+        self.is_worker = is_worker
         self.sent: mx.array | None = None
-        """A worker's last send, not yet forced by a share."""
-        self._random_key: mx.array | None = None
-        self._thread = threading.get_ident()
+        """What the last forward pass left out of the hidden broadcast: on a worker its send. None
+        once it has been shared."""
+        self.length = 0
+        """How many positions that forward pass had."""
+        self.then_alone = ""
+        """What runs on rank 0 only as soon as the forward pass is built, or ""."""
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -62,87 +67,73 @@ class Run:
         finally:
             this_thread.run = before
 
-    def share(self, tokens: mx.array | None, logprobs: mx.array) -> mx.array:
+    def share(self, tokens: mx.array | None, size: int) -> mx.array:
         """Give every rank the tokens that rank 0 sampled: the token share.
 
         Rank 0's key of `mx.random` travels with them, so that random numbers drawn on every
-        rank after the loop agree, as they do when every rank samples.
+        rank after the loop agree, as they do when every rank samples (`finish`).
 
         Args:
-            tokens: ids of shape ``(B,)`` on rank 0, None on workers.
-            logprobs: what they were, or would be, sampled from: ``(B, V)``.
+            tokens: ids of shape ``(size,)`` on rank 0, ignored on workers.
+            size: the same on all ranks.
 
         Returns:
-            Rank 0's ids on every rank, uint32, shape ``(B,)``.
+            Rank 0's ids on every rank, uint32, shape ``(size,)``.
         """
-        size = logprobs.shape[0]
-        if tokens is not None:
+        if self.sent is None:
+            raise RuntimeError(
+                "A loop of mlx-lm sampled without a step of its pipelined model: another patch has "
+                "taken the place of mlx-lm-skiphead's. Unset MLX_LM_SKIPHEAD on all ranks, or "
+                "import that package first."
+            )
+        if self.is_worker:
+            mine = mx.zeros((size + 2,), mx.uint32, stream=mx.cpu)
+            # Evaluating a worker's share must force its send, and should wait for nothing else:
+            # no work of the GPU, no wait of the GPU.
+            mine = mx.depends(mine, self.sent)
+        elif tokens is None or tokens.shape != (size,):
+            raise ValueError(
+                f"The sampler returned {_shape(tokens)} where mlx-lm-skiphead shares one token for "
+                f"each of {size} rows of logprobs: an array of shape ({size},)."
+            )
+        else:
             state: Any = mx.random.state
             mine = mx.concatenate([tokens.astype(mx.uint32), state[0]], stream=mx.cpu)
-        else:
-            # Evaluating a worker's share must force its send, and should wait for nothing else:
-            # no work of the GPU, no wait of the GPU. Where the forward pass was not cut short (a
-            # foreign patch took the place of ours) the whole step comes before the share.
-            after = self.sent if self.sent is not None else logprobs
-            mine = mx.depends(mx.zeros((size + 2,), mx.uint32, stream=mx.cpu), after)
         self.sent = None
         # On the stream that upstream's sends and receives take too: their order is the protocol.
         everyone = mx.distributed.all_gather(mine)
-        self._random_key = everyone[size : size + 2]
+        this_thread.last_share = (everyone[size : size + 2], self.is_worker)
         return everyone[:size]
 
-    def sampler(self, sampler: Sampler) -> Sampler:
-        """A sampler for the loop: `sampler` on rank 0, and its tokens on every rank."""
-        if self.is_worker:
-            return lambda logprobs: self.share(None, logprobs)
-        sampler = _on_rank_zero_only(sampler, "a sampler")
 
-        def sample_and_share(logprobs: mx.array) -> mx.array:
-            tokens = sampler(logprobs)
-            if tokens.shape != logprobs.shape[:1]:
-                raise ValueError(
-                    f"The sampler returned an array of shape {tokens.shape} for logprobs of shape "
-                    f"{logprobs.shape}; mlx-lm-skiphead shares one token per sequence, "
-                    f"{logprobs.shape[:1]}."
-                )
-            return self.share(tokens, logprobs)
-
-        return sample_and_share
-
-    def processors(self, processors: list[LogitsProcessor] | None) -> list[LogitsProcessor] | None:
-        """Logits processors for the loop: none on workers, whose logits are never computed."""
-        if self.is_worker or not processors:
-            return None
-        return [_on_rank_zero_only(p, "a logits processor") for p in processors]
-
-    def callback(self, callback: Callable[..., None] | None) -> Callable[..., None] | None:
-        """A user's callback for the loop; a model that it calls is not a step of the loop."""
-        if callback is None:
-            return None
-
-        def outside(*args: Any) -> None:
-            before, this_thread.run = this_thread.run, None
-            try:
-                callback(*args)
-            finally:
-                this_thread.run = before
-
-        return outside
-
-    def finish(self) -> None:
-        """Wait for the last step, so that no rank leaves while another is still sending.
-
-        mlx-lm's loops always have a step in flight when they return.
-        """
-        if self._random_key is None:
-            return
-        key: Any = self._random_key.tolist()
-        mx.synchronize(self._stream)
-        if self.is_worker and threading.get_ident() == self._thread:
-            mx.random.seed(key[0] << 32 | key[1])
+def take_over_random_key() -> None:
+    """On a worker: draw on from where rank 0's sampling has got to. Waits for the last share."""
+    if this_thread.last_share is None:
+        return
+    key, pending = this_thread.last_share
+    this_thread.last_share = (key, False)
+    if pending:
+        words: Any = key.tolist()
+        mx.random.seed(words[0] << 32 | words[1])
 
 
-def _on_rank_zero_only(function: Callable[..., mx.array], what: str) -> Callable[..., mx.array]:
+def finish(stream: Any) -> None:
+    """Wait for the last step, so that no rank leaves while another is still sending.
+
+    mlx-lm's loops have a step in flight when they return.
+
+    Args:
+        stream: what the loop computes on.
+    """
+    if this_thread.last_share is None:
+        return
+    take_over_random_key()
+    mx.eval(this_thread.last_share[0])
+    mx.synchronize(stream)
+    this_thread.last_share = None
+
+
+def on_rank_zero_only(function: Callable[..., mx.array], what: str) -> Callable[..., mx.array]:
     """`function`, unless it calls a pipelined model: the other ranks would never join in."""
 
     def guarded(*args: mx.array) -> mx.array:
@@ -153,3 +144,22 @@ def _on_rank_zero_only(function: Callable[..., mx.array], what: str) -> Callable
             this_thread.alone = before
 
     return guarded
+
+
+def outside(callback: Callable[..., None] | None) -> Callable[..., None] | None:
+    """A user's callback in a loop: a model that it calls is not a step of the loop."""
+    if callback is None:
+        return None
+
+    def called(*args: Any) -> None:
+        before, this_thread.run = this_thread.run, None
+        try:
+            callback(*args)
+        finally:
+            this_thread.run = before
+
+    return called
+
+
+def _shape(tokens: Any) -> str:
+    return f"an array of shape {tokens.shape}" if isinstance(tokens, mx.array) else repr(tokens)

@@ -10,14 +10,17 @@ import importlib
 import sys
 
 import mlx.core as mx
+import mlx_lm
 import ranks
 import tiny_models
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_lm_skiphead
 from mlx_lm_skiphead.cli.measure import count_heads
 
 TOKENS = 10
+STOPS = tuple(range(100, 112))
 generate = importlib.import_module("mlx_lm.generate")
 
 
@@ -57,6 +60,51 @@ def answers(model, *names):
     return told, count.evaluated() / (len(told) * (TOKENS + 1))
 
 
+def batched(model):
+    """Requests that join and leave a batch, each with a sampler and processors of its own."""
+    if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
+        return "this family's cache cannot be batched"
+    mx.random.seed(7)
+    told = []
+    with count_heads(model) as count:
+        batch = generate.BatchGenerator(model, prefill_step_size=16, stop_tokens=[[token] for token in STOPS])
+        penalties = make_logits_processors({7: 2.0, 31: -3.0}, 1.3)
+        batch.insert(
+            tiny_models.PROMPTS,
+            max_tokens=[3, 8, 5],
+            samplers=[None, make_sampler(0.8), None],
+            logits_processors=[None, penalties, None],
+        )
+        late = [[9, 8, 7], [200]]
+        while responses := batch.next_generated():
+            told += [[r.uid, r.token, r.logprobs[r.token].item()] for r in responses]
+            told += [[r.uid, r.finish_reason] for r in responses if r.finish_reason]
+            if late and len(told) > 6:
+                batch.insert([late.pop()], max_tokens=[4], samplers=[make_sampler(0.6)])
+        batch.close()
+    told = {"told": told, "random": mx.random.uniform().item(), "heads": count.evaluated()}
+    # The front door, which makes one call of one sampler for the whole batch.
+    done = mlx_lm.batch_generate(
+        model,
+        Tokenizer(),
+        tiny_models.PROMPTS,
+        max_tokens=5,
+        return_token_ids=True,
+        return_logprobs=True,
+        sampler=make_sampler(0.8),
+    )
+    return {**told, "batch_generate": [done.token_ids, done.logprobs]}
+
+
+class Tokenizer:
+    """As much of one as `batch_generate` uses."""
+
+    eos_token_ids = STOPS
+
+    def decode(self, tokens):
+        return str(tokens)
+
+
 def direct(model):
     """A model call outside the loops: the shape and the first numbers of what it gives."""
     out = model(mx.array([tiny_models.PROMPTS[1]]))
@@ -73,6 +121,7 @@ def main(*cases: str) -> None:
             model.model.pipeline(group)
         told[case] = {}
         told[case]["requests"], told[case]["heads per token"] = answers(model)
+        told[case]["batch"] = batched(model)
         told[case]["direct"] = direct(model)
         if mlx_lm_skiphead.status().mode != "off":
             mlx_lm_skiphead.install("hidden")

@@ -47,6 +47,11 @@ def test_answers_vary(right):
         assert sum(len(set(t)) for t in tokens) > 20, case
 
 
+def tokens_of(told: list[Any]) -> list[Any]:
+    """Of each response its request and its token or finish reason, without the logprob."""
+    return [response[:2] for response in told]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_family(case, right, told):
     answers = right[case]["requests"]
@@ -62,6 +67,19 @@ def test_family(case, right, told):
                 else:
                     assert all(p != p for p in answer["logprobs"]), f"{where}: not NaN"
         assert answered["heads per token"] == (1 if rank == 0 else 0), case
+
+        batch, expected = answered["batch"], right[case]["batch"]
+        if isinstance(expected, dict):
+            assert tokens_of(batch["told"]) == tokens_of(expected["told"]), case
+            assert batch["random"] == expected["random"], case
+            assert batch["heads"] == (expected["heads"] if rank == 0 else 0), case
+            assert batch["batch_generate"][0] == expected["batch_generate"][0], case
+            if rank == 0:
+                assert batch["told"] == [pytest.approx(r, abs=1e-3) for r in expected["told"]]
+                logprobs = [pytest.approx(r, abs=1e-3) for r in expected["batch_generate"][1]]
+                assert batch["batch_generate"][1] == logprobs, case
+        else:
+            assert batch == expected
 
         # Outside the loops every rank gets logits, as from upstream.
         logits = right[case]["direct"]
