@@ -11,13 +11,27 @@ from .config import requested_mode
 TYPE_CHECKING = False  # as typing's, without importing typing
 if TYPE_CHECKING:
     from .patching import SkipheadError, Status, install, status, uninstall
+    from .sharing import rank_zero_head, share_tokens
 
 __version__ = "0.1.0"
-__all__ = ["SkipheadError", "Status", "__version__", "install", "status", "uninstall"]
+__all__ = [
+    "SkipheadError",
+    "Status",
+    "__version__",
+    "install",
+    "rank_zero_head",
+    "share_tokens",
+    "status",
+    "uninstall",
+]
 
 
 def __getattr__(name: str) -> object:
     # Off must cost nothing: what these need is imported when one of them is first used.
+    if name in ("rank_zero_head", "share_tokens"):
+        from . import sharing
+
+        return getattr(sharing, name)
     if name in __all__:
         from . import patching
 

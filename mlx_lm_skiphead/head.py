@@ -66,9 +66,10 @@ def model_call(family: Family) -> Wrapper:
                 "ever. Call mlx_lm_skiphead.uninstall() on all ranks before this generation."
             )
         run = this_thread.run
-        if run is not None and run.owner is owner:
-            forward = _Forward(stage, run=run, skip_head=run.is_worker)
-        elif config.active == "hidden" and stage.pipeline_rank != 0 and not _in_loop_of_mlx_lm():
+        is_worker = stage.pipeline_rank != 0
+        if run is not None and (run.owner is owner or run.owner is None):
+            forward = _Forward(stage, run=run, skip_head=is_worker)
+        elif config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm():
             forward = _Forward(stage, run=None, skip_head=True)
         else:
             return wrapped(*args, **kwargs)
@@ -83,6 +84,9 @@ def model_call(family: Family) -> Wrapper:
             if run is None:
                 return hidden
             logits = _placeholder(hidden, vocabulary=family.head_of(owner).weight.shape[0])
+            if run.owner is None and forward.sent is not None:
+                # A loop of the user's may look at the logits, and must not hang the others then.
+                logits = mx.depends(logits, forward.sent)
         finally:
             this_thread.forward = before
         if run is not None:
@@ -93,7 +97,7 @@ def model_call(family: Family) -> Wrapper:
                     "to use this mlx-lm."
                 )
             run.sent, run.length = forward.sent, forward.length
-            if not run.is_worker:
+            if not is_worker:
                 this_thread.alone = run.then_alone
         return logits
 

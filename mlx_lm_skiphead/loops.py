@@ -166,9 +166,10 @@ def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
     """The wrapper of `mlx_lm.generate.GenerationBatch._step`: one share for the whole batch.
 
     On rank 0 upstream samples each request as it would; on workers there are no samplers and no
-    logits processors. A batch that has begun so goes on so, also after `uninstall`.
+    logits processors. A batch that has begun so goes on so after `uninstall`, and takes in new
+    requests so, until it is empty.
     """
-    if config.active == "off" and not patching.is_held(batch):
+    if config.active == "off" and not patching.holds():
         return wrapped(*args, **kwargs)
     run = run_of(batch.model)
     if run is None:
@@ -218,7 +219,7 @@ def batch_filter(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     Rank 0 does not wait, so that the last answer leaves at once.
     """
     wrapped(*args, **kwargs)
-    if not batch.uids and patching.is_held(batch):
+    if not batch.uids:
         patching.release(batch)
         take_over_random_key()
 

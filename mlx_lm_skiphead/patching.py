@@ -176,9 +176,10 @@ def hold(batch: Any) -> None:
         _held.add(batch)
 
 
-def is_held(batch: Any) -> bool:
-    """Whether `batch` has begun with the plugin and has not ended since."""
-    return batch in _held
+def holds() -> bool:
+    """Whether there is a batch that has begun with the plugin and has not ended."""
+    with _lock:
+        return any(len(batch) for batch in _held)
 
 
 def release(batch: Any) -> None:
@@ -289,7 +290,7 @@ def _undo(handle: _Handle) -> None:
 
 def _settle() -> None:
     """Give mlx-lm its functions back, if that was asked for and nothing runs that needs ours."""
-    if config.active != "off" or _running or any(len(batch) for batch in _held):
+    if config.active != "off" or _running or holds():
         return
     while _handles:
         _undo(_handles.pop())

@@ -32,6 +32,9 @@ class _PerThread(threading.local):
     alone: str = ""
     """What runs on rank 0 only at the moment ("a sampler"), or ""."""
 
+    unshared: Run | None = None
+    """What `rank_zero_head` opened last, until `share_tokens`."""
+
     last_share: tuple[mx.array, bool] | None = None
     """The random key in the last share, and whether this rank has yet to take it over."""
 
@@ -43,7 +46,7 @@ class Run:
     """A loop over a pipelined model, on one rank.
 
     Args:
-        owner: the head owner within the model (`Family.owner_of`).
+        owner: the head owner within the model (`Family.owner_of`), or None for any model.
         is_worker: whether this is any rank but 0.
     """
 
@@ -104,6 +107,76 @@ class Run:
         everyone = mx.distributed.all_gather(mine)
         this_thread.last_share = (everyone[size : size + 2], self.is_worker)
         return everyone[:size]
+
+
+@contextmanager
+def rank_zero_head() -> Iterator[None]:
+    """Skip the head on workers in a generation loop of your own.
+
+    A pipelined model that is called in the ``with`` block gives its logits ``(B, L, V)`` on rank 0,
+    and on the other ranks NaN of that shape. Sample, and give the tokens to `share_tokens`: every
+    rank goes on with rank 0's. A call that only fills the cache needs no sharing; evaluate the
+    cache then, as mlx-lm's loops do.
+
+    All ranks must do the same. Where the plugin is off or the model is not patched, a call is
+    upstream's. A loop of mlx-lm needs none of this, and is not affected by it.
+    """
+    from . import config
+
+    if config.active == "off":
+        yield
+        return
+    run = Run(None, mx.distributed.init().rank() != 0)
+    with run.building():
+        yield
+    this_thread.unshared = run if run.sent is not None else None
+
+
+def share_tokens(tokens: mx.array) -> mx.array:
+    """Give every rank rank 0's tokens, with one collective; for a loop of your own.
+
+    On one rank, `tokens` itself. Otherwise all ranks must call it, after each step, whether the
+    plugin is on or off.
+
+    Args:
+        tokens: ids, integers of any shape. The shape must be the same on all ranks; of the ids
+            only rank 0's count, those of the others are not even computed.
+
+    Returns:
+        Rank 0's ids, in the shape and type of `tokens`, on every rank.
+
+    Raises:
+        TypeError: if `tokens` is no array of integers.
+        ValueError: if it has another batch size than the model call before it.
+        RuntimeError: inside a loop of mlx-lm, which shares tokens itself.
+    """
+    if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
+        given = tokens.dtype if isinstance(tokens, mx.array) else type(tokens).__name__
+        raise TypeError(f"share_tokens() takes an array of token ids, integers, not {given}.")
+    if this_thread.run is not None or this_thread.alone:
+        raise RuntimeError(
+            "share_tokens() was called inside a rank_zero_head() block or a loop of mlx-lm. Call "
+            "it behind the block; loops of mlx-lm share their tokens themselves."
+        )
+    group = mx.distributed.init()
+    if group.size() == 1:
+        return tokens
+    run, this_thread.unshared = this_thread.unshared, None
+    after = tokens
+    if run is not None and run.sent is not None:
+        batch = run.sent.shape[0]
+        if tokens.ndim == 0 or tokens.shape[0] != batch:
+            raise ValueError(
+                f"share_tokens() got tokens of shape {tokens.shape} after a model call with a "
+                f"batch of {batch}. The shape must be the same on all ranks, the batch first."
+            )
+        after = run.sent
+    if group.rank() == 0:
+        mine = tokens.astype(mx.uint32).flatten()
+    else:
+        mine = mx.depends(mx.zeros((tokens.size,), mx.uint32, stream=mx.cpu), after)
+    everyone = mx.distributed.all_gather(mine)[: tokens.size]
+    return everyone.reshape(tokens.shape).astype(tokens.dtype)
 
 
 def take_over_random_key() -> None:

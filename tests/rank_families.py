@@ -67,7 +67,9 @@ def batched(model):
     mx.random.seed(7)
     told = []
     with count_heads(model) as count:
-        batch = generate.BatchGenerator(model, prefill_step_size=16, stop_tokens=[[token] for token in STOPS])
+        batch = generate.BatchGenerator(
+            model, prefill_step_size=16, stop_tokens=[[token] for token in STOPS]
+        )
         penalties = make_logits_processors({7: 2.0, 31: -3.0}, 1.3)
         batch.insert(
             tiny_models.PROMPTS,

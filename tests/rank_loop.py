@@ -10,7 +10,8 @@ import threading
 import mlx.core as mx
 import ranks
 import tiny_models
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_lm_skiphead
 from mlx_lm_skiphead.cli.measure import count_heads
@@ -20,7 +21,7 @@ early_generate_step = generate.generate_step
 
 # These end with a loop of upstream's, which returns with a step in flight: a rank that exits then
 # takes it from the others. The wrapped loop waits for it, so the other scenarios do not.
-LEAVE_A_STEP_IN_FLIGHT = ("guard_alone", "uninstalled_midway", "not_ours")
+LEAVE_A_STEP_IN_FLIGHT = ("guard_alone", "uninstalled_midway", "not_ours", "cancelled")
 
 
 class Pipeline:
@@ -129,21 +130,163 @@ def not_ours():
     mlx_lm_skiphead.install("hidden")
     pipeline = Pipeline()
     told = {"imported early": pipeline.tokens(step=upstream)}
-    batch = generate.BatchGenerator(pipeline.model, max_tokens=6)
-    batch.insert(tiny_models.PROMPTS)
-    told["batch"] = []
-    while responses := batch.next_generated():
-        told["batch"] += [[r.uid, r.token] for r in responses]
-    batch.close()
     draft = tiny_models.make("qwen2-untied")
-    told["speculative"] = [
-        token
-        for token, _, _ in generate.speculative_generate_step(
-            mx.array(tiny_models.PROMPTS[1]), pipeline.model, draft, max_tokens=8
-        )
-    ]
     # Nothing that is not pipelined is touched.
     told["alone"] = [t for t, _ in generate.generate_step(mx.array([3]), draft, max_tokens=4)]
+    return told
+
+
+def speculative():
+    """A draft that is often right, often wrong, greedy and not, with processors and without."""
+    pipeline = Pipeline()
+    told = {}
+    for name, case, options in (
+        ("same model", "qwen2-untied", {}),
+        ("other model", "qwen2-tied", {}),
+        ("seeded", "qwen2-untied", {"sampler": make_sampler(0.8)}),
+        ("processors", "qwen2-untied", {"logits_processors": penalties()}),
+        ("all", "qwen2-tied", {"sampler": make_sampler(0.8), "logits_processors": penalties()}),
+        ("many", "qwen2-untied", {"num_draft_tokens": 5, "sampler": make_sampler(0.5)}),
+    ):
+        mx.random.seed(7)
+        draft = tiny_models.make(case)
+        with count_heads(pipeline.model) as count:
+            steps = list(
+                generate.speculative_generate_step(
+                    mx.array(tiny_models.PROMPTS[2]),
+                    pipeline.model,
+                    draft,
+                    max_tokens=12,
+                    prefill_step_size=16,
+                    **options,
+                )
+            )
+        told[name] = {
+            "tokens": [[token, from_draft] for token, _, from_draft in steps],
+            "logprobs": [logprobs[token].item() for token, logprobs, _ in steps],
+            "random": mx.random.uniform().item(),
+            "heads": count.evaluated(),
+        }
+    return told
+
+
+def penalties():
+    return make_logits_processors({7: 2.0, 31: -3.0}, 1.3)
+
+
+def counted():
+    """Collectives and calls of samplers and processors, unpatched and with the plugin, in turn."""
+    mlx_lm_skiphead.uninstall()
+    counts = {"collectives": 0, "samplers": 0, "processors": 0}
+
+    def counting(what, function):
+        def counted(*args, **kwargs):
+            counts[what] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    for name in ("all_gather", "all_sum", "send", "recv", "recv_like"):
+        function = getattr(mx.distributed, name)
+        setattr(mx.distributed, name, counting("collectives", function))
+    pipeline = Pipeline()
+    sampler = counting("samplers", make_sampler(0.8))
+    processors = [counting("processors", p) for p in penalties()]
+
+    def one():
+        # A prompt of one token: no prefill, whose collectives are built and never computed.
+        pipeline.tokens(0, 10, sampler=sampler, logits_processors=processors)
+
+    def several():
+        batch = generate.BatchGenerator(pipeline.model, max_tokens=10)
+        samplers = [sampler, counting("samplers", make_sampler(0.5)), None]
+        batch.insert(
+            [[1], [2], [3]], samplers=samplers, logits_processors=[processors, None, processors]
+        )
+        while batch.next_generated():
+            pass
+        batch.close()
+
+    def draft():
+        for _ in generate.speculative_generate_step(
+            mx.array([1]),
+            pipeline.model,
+            tiny_models.make("qwen2-tied"),
+            max_tokens=10,
+            logits_processors=penalties(),
+        ):
+            pass
+
+    told = {}
+    for name, loop in (("one", one), ("several", several), ("draft", draft)):
+        for way in (mlx_lm_skiphead.uninstall, mlx_lm_skiphead.install):
+            mx.random.seed(1)
+            counts.update(dict.fromkeys(counts, 0))
+            way()
+            loop()
+            mx.synchronize(generate.generation_stream)
+            told.setdefault(name, {})[way.__name__] = dict(counts)
+    return told
+
+
+def cancelled():
+    """Requests that leave before their end, one that comes after, and an uninstall in between."""
+    pipeline = Pipeline()
+    mx.random.seed(7)
+    batch = generate.BatchGenerator(pipeline.model, max_tokens=20, sampler=make_sampler(0.8))
+    first, second = batch.insert(tiny_models.PROMPTS[:2])
+    told = []
+
+    def steps(count):
+        for _ in range(count):
+            told.extend([r.uid, r.token] for r in batch.next_generated())
+
+    steps(3)
+    batch.remove([first])
+    steps(2)
+    mlx_lm_skiphead.uninstall()
+    steps(2)
+    batch.insert([[9, 8]], max_tokens=[3])
+    steps(4)
+    batch.remove([second])
+    steps(2)
+    # The batch is empty: from here on it is upstream's, with the random numbers of rank 0.
+    batch.insert([[5, 5, 5]], max_tokens=[6])
+    steps(6)
+    batch.close()
+    return {"told": told, "random": mx.random.uniform().item()}
+
+
+def own_loop():
+    """What `share_tokens` refuses, and what it does where there is nothing to share."""
+    pipeline = Pipeline()
+    cache = make_prompt_cache(pipeline.model)
+    prompts = mx.array([[1, 2, 3], [4, 5, 6]])
+    errors = []
+
+    def refused(call):
+        try:
+            call()
+        except (TypeError, ValueError, RuntimeError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+
+    with mlx_lm_skiphead.rank_zero_head():
+        logits = pipeline.model(prompts, cache=cache)
+        refused(lambda: mlx_lm_skiphead.share_tokens(mx.array([1, 2])))
+    tokens = mx.argmax(logits[:, -1], axis=-1)
+    refused(lambda: mlx_lm_skiphead.share_tokens(logits[:, -1, 0]))
+    refused(lambda: mlx_lm_skiphead.share_tokens([1, 2]))
+    shared = mlx_lm_skiphead.share_tokens(tokens)
+    told = {"first": shared.tolist(), "type": str(shared.dtype)}
+    with mlx_lm_skiphead.rank_zero_head():
+        logits = pipeline.model(shared[:, None], cache=cache)
+    # Looking at the logits of a worker makes it send: rank 0 does not wait for ever.
+    told["not computed"] = bool(mx.isnan(logits).all().item())
+    refused(lambda: mlx_lm_skiphead.share_tokens(mx.array([1])))
+    # Nothing was called before it: what rank 0 has is shared all the same.
+    rank = pipeline.group.rank()
+    told["shared"] = mlx_lm_skiphead.share_tokens(mx.array([[10 + rank], [20]])).tolist()
+    told["errors"] = errors
     return told
 
 

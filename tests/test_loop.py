@@ -70,3 +70,53 @@ def test_uninstall_during_a_generation(count):
 
 def test_what_is_not_wrapped_is_upstreams_also_when_hidden():
     assert on_ranks("not_ours") == [alone("not_ours")] * 2
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_speculative_decoding(count):
+    right = alone("speculative")
+    assert len({str(answer["tokens"]) for answer in right.values()}) > 3
+    for rank, told in enumerate(on_ranks("speculative", count=count)):
+        for name, answer in told.items():
+            assert answer["tokens"] == right[name]["tokens"], f"rank {rank}, {name}"
+            assert answer["random"] == right[name]["random"], f"rank {rank}, {name}"
+            assert answer["heads"] == (right[name]["heads"] if rank == 0 else 0), name
+            if rank == 0:
+                assert answer["logprobs"] == pytest.approx(right[name]["logprobs"], abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_no_more_collectives_and_no_sampling_on_workers(count):
+    for rank, told in enumerate(on_ranks("counted", count=count)):
+        for loop, ways in told.items():
+            upstream, ours = ways["uninstall"], ways["install"]
+            assert ours["collectives"] == upstream["collectives"], f"{loop}, rank {rank}"
+            for what in ("samplers", "processors"):
+                expected = upstream[what] if rank == 0 else 0
+                assert ours[what] == expected, f"{loop}, rank {rank}, {what}"
+        assert told["one"]["uninstall"]["samplers"] == 11
+
+
+def test_cancelling_and_uninstalling_in_a_batch():
+    right = alone("cancelled")
+    for told in on_ranks("cancelled"):
+        assert told["told"] == right["told"]
+        assert told["random"] == right["random"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_loop_of_the_users_own(count):
+    right = alone("own_loop")
+    for rank, told in enumerate(on_ranks("own_loop", count=count)):
+        assert told["first"] == right["first"]
+        assert told["type"] == right["type"]
+        assert told["not computed"] == (rank != 0)
+        assert told["shared"] == [[10], [20]]
+        assert [error.partition(".")[0] for error in told["errors"]] == [
+            "RuntimeError: share_tokens() was called inside a rank_zero_head() block or a loop of "
+            "mlx-lm",
+            "TypeError: share_tokens() takes an array of token ids, integers, not mlx",
+            "TypeError: share_tokens() takes an array of token ids, integers, not list",
+            "ValueError: share_tokens() got tokens of shape (1,) after a model call with a batch "
+            "of 2",
+        ]
