@@ -69,10 +69,17 @@ def test_nothing_is_left_of_a_demo_that_is_stopped(how: signal.Signals) -> None:
 
 
 def test_different_tokens_are_said_and_exit_1() -> None:
-    plain = {"text": "a", "greedy": [1, 2], "seeded": [3]}
+    plain = {"text": "a", "greedy": [1, 2], "seeded": [3], "heads_per_token": 0}
     console = Console(record=True, width=120)
     assert demo._compare(console, [plain] * 2, [plain, {**plain, "greedy": [1, 9]}]) == 1
     assert "rank 1, greedy: [1, 9] where unpatched mlx-lm gives [1, 2]" in console.export_text()
+
+
+def test_workers_that_run_heads_are_said_and_exit_1() -> None:
+    plain = {"text": "a", "greedy": [1], "seeded": [3], "heads_per_token": 1, "refused": "not so"}
+    console = Console(record=True, width=120)
+    assert demo._compare(console, [plain] * 2, [plain] * 2) == 1
+    assert "Workers ran heads with the plugin on. not so" in console.export_text()
 
 
 def test_a_model_that_is_not_there(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

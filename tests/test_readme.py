@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+import pytest
+import ranks
 
 from mlx_lm_skiphead import config, families
 
@@ -16,3 +20,17 @@ def test_the_table_of_families_is_the_one_in_the_code() -> None:
 def test_every_value_of_the_variable_is_named() -> None:
     for value in filter(None, config.SPELLINGS):
         assert f"`{value}`" in README
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin"), [("ask.py", "1"), ("own_loop.py", "1"), ("own_loop.py", "0")]
+)
+def test_the_examples_work_on_two_ranks(
+    name: str, plugin: str, real_model: Path, tmp_path: Path
+) -> None:
+    (code,) = re.findall(rf"```python\n(# {name}\n.*?)```", README, re.DOTALL)
+    program = tmp_path / name
+    program.write_text(code.replace("path/to/model", str(real_model)))
+    environment = {"MLX_LM_SKIPHEAD": plugin}
+    done = ranks.launch(program, str(real_model), ranks=2, env=environment, timeout=300)
+    assert done.stdout == "The capital of France is Paris.\n"

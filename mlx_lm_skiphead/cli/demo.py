@@ -48,7 +48,8 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code: 0 if all tokens agree, 1 if not or if a rank failed, 130 after Ctrl-C."""
+    """Exit code: 0 if all is right, 1 if tokens differ, workers run heads or a rank failed, 130
+    after Ctrl-C."""
     console = Console()
     try:
         with _terminated_like_interrupted(), tempfile.TemporaryDirectory() as folder:
@@ -137,7 +138,7 @@ def _spread(values: list[float], digits: int = 1) -> str:
 
 
 def _compare(console: Console, plain: list[Result], skip: list[Result]) -> int:
-    """Every rank's tokens with the plugin must be rank 0's without it."""
+    """Every rank's tokens with the plugin must be rank 0's without it, and no worker run a head."""
     right = plain[0]
     console.print(f"text: {right['text']!r}", markup=False)
     wrong = [
@@ -150,6 +151,9 @@ def _compare(console: Console, plain: list[Result], skip: list[Result]) -> int:
         console.print("[red bold]Tokens differ.[/] Please report this:")
         for line in wrong:
             console.print(f"  {line}", markup=False)
+        return 1
+    if any(result["heads_per_token"] for result in skip[1:]):
+        console.print("[red bold]Workers ran heads with the plugin on.[/]", skip[0]["refused"])
         return 1
     console.print(
         f"[green]Tokens agree[/]: {len(right['greedy'])} greedy and {len(right['seeded'])} at "

@@ -14,7 +14,7 @@ import sys
 import threading
 from typing import Any
 
-from .. import install, uninstall
+from .. import install, status, uninstall
 
 
 def main() -> None:
@@ -53,6 +53,7 @@ def _measure(task: dict[str, Any]) -> dict[str, Any]:
         "layers": [stage.start_idx, stage.end_idx],
         "peak_bytes": peak,
         "head_bytes": sum(array.nbytes for array in head.parameters().values()),
+        "refused": _refused(family.name),
         "greedy": greedy.tokens,
         "seeded": seeded.tokens,
         "text": greedy.text,
@@ -72,6 +73,14 @@ def _measure(task: dict[str, Any]) -> dict[str, Any]:
             if between:  # not so if the first token was a stop token
                 times.append(1000 * statistics.median(between))
     return {**result, "ms_per_token": timed}
+
+
+def _refused(family: str) -> str:
+    """Why nothing is skipped although the plugin is on, or ""."""
+    now = status()
+    targets = now.families | now.loops
+    said = {name: str(targets[name]) for name in (family, "generate_step")}
+    return "; ".join(f"{name} is {s}" for name, s in said.items() if s != "patched")
 
 
 def _encode(tokenizer: Any, prompt: str) -> list[int]:

@@ -1,0 +1,86 @@
+"""``mlx-lm-skiphead run`` against ``python``: the same arguments, output, exit code and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = [sys.executable, "-m", "mlx_lm_skiphead", "run"]
+
+PROGRAM = """
+import sys
+import mlx_lm_skiphead
+print(__name__, sys.argv, sys.path[0])
+print("mode", mlx_lm_skiphead.status().mode)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def run(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "MLX_LM_SKIPHEAD"} | variables
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    return subprocess.run(
+        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__main__.py").write_text(PROGRAM)
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", ["0", "3"])
+@pytest.mark.parametrize("module", ["program", "package"])
+def test_a_module(module: str, code: str, folder: Path) -> None:
+    arguments = [code, "--model", "a b", "--", "-n", "2"]
+    plain = run(sys.executable, "-m", module, *arguments, cwd=folder)
+    ours = run(*RUN, module, *arguments, cwd=folder)
+    assert plain.returncode == ours.returncode == int(code)
+    assert ours.stdout == plain.stdout.replace("mode off", "mode on")
+    assert not ours.stderr
+
+
+def test_a_script(folder: Path) -> None:
+    plain = run(sys.executable, "program.py", "4", "-v", cwd=folder)
+    ours = run(*RUN, "program.py", "4", "-v", cwd=folder)
+    assert plain.returncode == ours.returncode == 4
+    assert ours.stdout == plain.stdout.replace("mode off", "mode on")
+
+
+@pytest.mark.parametrize(("value", "mode"), [("hidden", "hidden"), ("yes", "on"), ("0", "off")])
+def test_the_variable_is_heeded(value: str, mode: str, folder: Path) -> None:
+    done = run(*RUN, "program", "0", cwd=folder, MLX_LM_SKIPHEAD=value)
+    assert f"mode {mode}\n" in done.stdout
+    assert ("stays off" in done.stderr) == (mode == "off")
+
+
+@pytest.mark.parametrize("name", ["no_such_module", "no.such.module", "no_such_file.py"])
+def test_what_is_not_there(name: str, folder: Path) -> None:
+    done = run(*RUN, name, cwd=folder)
+    assert done.returncode == 2
+    assert f"there is no {'file' if name.endswith('.py') else 'module'} {name}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mlx_lm_itself(folder: Path) -> None:
+    plain = run(sys.executable, "-m", "mlx_lm.server", "--help", cwd=folder)
+    ours = run(*RUN, "mlx_lm.server", "--help", cwd=folder)
+    assert ours.returncode == plain.returncode == 0
+    assert ours.stdout == plain.stdout
+
+
+def test_sigterm(folder: Path) -> None:
+    (folder / "waits.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
+    process = subprocess.Popen([*RUN, "waits"], cwd=folder, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == -signal.SIGTERM
