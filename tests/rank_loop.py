@@ -27,7 +27,7 @@ LEAVE_A_STEP_IN_FLIGHT = ("guard_alone", "uninstalled_midway", "not_ours", "canc
 class Pipeline:
     """The tiny model, pipelined where there are ranks to do so."""
 
-    def __init__(self, case="qwen2-untied"):
+    def __init__(self, case="deepseek_v3"):
         self.group = mx.distributed.init()
         self.model = tiny_models.make(case)
         if self.group.size() > 1:
@@ -41,18 +41,15 @@ class Pipeline:
 
 def guard_alone():
     """The pull request's guard as it was written, and nothing else."""
-    from mlx_lm.models import qwen2
+    from mlx_lm.models import deepseek_v3
 
-    upstream = qwen2.Model.__call__
-
-    def guarded(self, inputs, cache=None, input_embeddings=None):
-        if self.model.pipeline_rank != 0:
-            return self.model(inputs, cache, input_embeddings)
-        return upstream(self, inputs, cache, input_embeddings)
+    def guarded(self, inputs, cache=None):
+        out = self.model(inputs, cache)
+        return out if self.model.pipeline_rank != 0 else self.lm_head(out)
 
     pipeline = Pipeline()
     right = pipeline.tokens()
-    qwen2.Model.__call__ = guarded
+    deepseek_v3.Model.__call__ = guarded
     return {"upstream": right, "guard alone": pipeline.tokens()}
 
 
@@ -71,7 +68,7 @@ def short_requests():
 def in_a_thread():
     """As the server does: the model lives in a thread that imported nothing."""
     told = []
-    thread = threading.Thread(target=lambda: told.extend(Pipeline("deepseek_v3").tokens(limit=16)))
+    thread = threading.Thread(target=lambda: told.extend(Pipeline("glm4_moe").tokens(limit=16)))
     thread.start()
     thread.join()
     return told
@@ -130,7 +127,7 @@ def not_ours():
     mlx_lm_skiphead.install("hidden")
     pipeline = Pipeline()
     told = {"imported early": pipeline.tokens(step=upstream)}
-    draft = tiny_models.make("qwen2-untied")
+    draft = tiny_models.make("deepseek_v3")
     # Nothing that is not pipelined is touched.
     told["alone"] = [t for t, _ in generate.generate_step(mx.array([3]), draft, max_tokens=4)]
     return told
@@ -141,12 +138,12 @@ def speculative():
     pipeline = Pipeline()
     told = {}
     for name, case, options in (
-        ("same model", "qwen2-untied", {}),
-        ("other model", "qwen2-tied", {}),
-        ("seeded", "qwen2-untied", {"sampler": make_sampler(0.8)}),
-        ("processors", "qwen2-untied", {"logits_processors": penalties()}),
-        ("all", "qwen2-tied", {"sampler": make_sampler(0.8), "logits_processors": penalties()}),
-        ("many", "qwen2-untied", {"num_draft_tokens": 5, "sampler": make_sampler(0.5)}),
+        ("same model", "deepseek_v3", {}),
+        ("other model", "glm4_moe", {}),
+        ("seeded", "deepseek_v3", {"sampler": make_sampler(0.8)}),
+        ("processors", "deepseek_v3", {"logits_processors": penalties()}),
+        ("all", "glm4_moe", {"sampler": make_sampler(0.8), "logits_processors": penalties()}),
+        ("many", "deepseek_v3", {"num_draft_tokens": 5, "sampler": make_sampler(0.5)}),
     ):
         mx.random.seed(7)
         draft = tiny_models.make(case)
@@ -211,7 +208,7 @@ def counted():
         for _ in generate.speculative_generate_step(
             mx.array([1]),
             pipeline.model,
-            tiny_models.make("qwen2-tied"),
+            tiny_models.make("glm4_moe"),
             max_tokens=10,
             logits_processors=penalties(),
         ):

@@ -11,6 +11,7 @@ import copy
 import importlib
 import math
 import zlib
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -311,10 +312,20 @@ def _tied(config: Config, tied: bool) -> Config:
     return {**config, "tie_word_embeddings": tied}
 
 
+# Before 0.32 mlx-lm lost layers where they do not divide evenly.
+EVENLY = metadata.version("mlx-lm").startswith("0.31.")
+
+
+def _of_six_layers(config: Config) -> Config:
+    if "text_config" in config:
+        return {**config, "text_config": _of_six_layers(config["text_config"])}
+    return {**config, "num_hidden_layers": 6}
+
+
 def _configs() -> dict[str, Config]:
     configs = {}
     for family, config in FAMILIES.items():
-        config = {"model_type": family, **config}
+        config = {"model_type": family, **(_of_six_layers(config) if EVENLY else config)}
         configs[family] = config
         if family in TIEABLE:
             configs[f"{family}-tied"] = _tied(config, True)
@@ -323,6 +334,17 @@ def _configs() -> dict[str, Config]:
 
 
 CONFIGS: dict[str, Config] = _configs()
+
+
+def is_pipelined(case: str) -> bool:
+    """Whether the installed mlx-lm can pipeline the model of `case`: before 0.32 it had fewer."""
+    if not EVENLY:
+        return True
+    try:
+        model = make(case)
+    except ModuleNotFoundError:
+        return False
+    return hasattr(model, "model") and hasattr(model.model, "pipeline")
 
 
 def _randomize(model: nn.Module) -> None:
