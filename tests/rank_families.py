@@ -75,7 +75,7 @@ def batched(model):
             tiny_models.PROMPTS,
             max_tokens=[3, 8, 5],
             samplers=[None, make_sampler(0.8), None],
-            logits_processors=[None, penalties, None],
+            logits_processors=[[], penalties, []],
         )
         late = [[9, 8, 7], [200]]
         while responses := batch.next_generated():

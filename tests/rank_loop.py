@@ -198,7 +198,7 @@ def counted():
         batch = generate.BatchGenerator(pipeline.model, max_tokens=10)
         samplers = [sampler, counting("samplers", make_sampler(0.5)), None]
         batch.insert(
-            [[1], [2], [3]], samplers=samplers, logits_processors=[processors, None, processors]
+            [[1], [2], [3]], samplers=samplers, logits_processors=[processors, [], processors]
         )
         while batch.next_generated():
             pass

@@ -36,6 +36,10 @@ NOT_INHERITED = ("MLX_LM_SKIPHEAD", "MLX_RANK", "MLX_HOSTFILE")
 # Below what Linux and macOS hand out to outgoing connections, clear of mlx.launch's own default.
 PORTS = range(20000, 32000)
 
+# mlx.launch waits actively while the pipe to a rank's stdin has room, which takes a whole core.
+# Ranks read nothing; this fills the pipes, where they hold 64 KiB.
+FILL_STDIN = b"\n" * 65536
+
 TAIL = 10_000  # characters of each output stream that an error shows
 
 # mlx.launch exits with 0 even if a rank failed: these lines are all that it says.
@@ -80,15 +84,15 @@ def launch(
     """
     if ranks < 2:
         raise ValueError("mlx.launch gives one rank an empty ring, which mlx refuses: use alone()")
-    with _folder() as folder:
-        command = [*_mlx_launch(), "-n", str(ranks), "--backend", "ring"]
-        command += ["--starting-port", str(_free_ports(ranks))]
-        for name, value in _rank_environment(env, folder).items():
+    with run_folder() as folder:
+        command = [*mlx_launch(), "-n", str(ranks), "--backend", "ring"]
+        command += ["--starting-port", str(free_ports(ranks))]
+        for name, value in rank_environment(env, folder).items():
             command += ["--env", f"{name}={value}"]
         command += ["--", sys.executable, str(script), *args]
 
-        run = _Run(command, folder, ranks)
-        exit_code = run.wait(_inherited() | {"TMPDIR": str(folder)}, timeout)
+        run = Run(command, folder, ranks)
+        exit_code = run.wait(inherited() | {"TMPDIR": str(folder)}, timeout)
         if check:
             run.check(exit_code)
         return run.outcome()
@@ -105,16 +109,16 @@ def alone(
 
     With `check` a nonzero exit is an AssertionError too.
     """
-    with _folder() as folder:
-        run = _Run([sys.executable, str(script), *args], folder, ranks=1)
-        environment = {"TMPDIR": str(folder)} | _rank_environment(env, folder)
-        exit_code = run.wait(_inherited() | environment, timeout)
+    with run_folder() as folder:
+        run = Run([sys.executable, str(script), *args], folder, ranks=1)
+        environment = {"TMPDIR": str(folder)} | rank_environment(env, folder)
+        exit_code = run.wait(inherited() | environment, timeout)
         if check:
             run.check(exit_code)
         return run.outcome()
 
 
-class _Run:
+class Run:
     """One command in a session of its own, with its outputs and the ranks' results in `folder`."""
 
     def __init__(self, command: list[str], folder: Path, ranks: int) -> None:
@@ -141,10 +145,13 @@ class _Run:
             )
             exit_code = None
             try:
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):
+                    os.write(process.stdin.fileno(), FILL_STDIN)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     exit_code = process.wait(timeout)
             finally:
-                _end(process)
+                end(process)
                 self.seconds = time.monotonic() - start
         if exit_code is None:
             raise RanksTimeout(self.describe(f"not done after {timeout:g} s, killed"))
@@ -195,7 +202,7 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _folder() -> Iterator[Path]:
+def run_folder() -> Iterator[Path]:
     """A fresh folder for outputs, results and mlx.launch's temporary files."""
     with tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -208,18 +215,18 @@ def _folder() -> Iterator[Path]:
         yield folder
 
 
-def _mlx_launch() -> list[str]:
+def mlx_launch() -> list[str]:
     beside = Path(sys.executable).with_name("mlx.launch")
     if beside.exists():
         return [str(beside)]
     return [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
 
 
-def _inherited() -> dict[str, str]:
+def inherited() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
 
 
-def _rank_environment(env: Mapping[str, str] | None, folder: Path) -> dict[str, str]:
+def rank_environment(env: Mapping[str, str] | None, folder: Path) -> dict[str, str]:
     # Unbuffered, so that a rank that is killed has said what it printed.
     environment = {"PYTHONUNBUFFERED": "1"} | dict(env or {})
     path = environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
@@ -233,7 +240,7 @@ _ports_lock = threading.Lock()
 _next_port = random.SystemRandom().randrange(PORTS.start, PORTS.stop)
 
 
-def _free_ports(count: int) -> int:
+def free_ports(count: int) -> int:
     """The first of `count` consecutive free ports. Ports come round again after all others."""
     global _next_port
     with _ports_lock:
@@ -254,7 +261,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """Kills what is left of the process's group and returns when all of it is gone."""
     group = process.pid  # by start_new_session; bash and the ranks stay in it
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -263,13 +270,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.stdin is not None:
         process.stdin.close()
     limit = time.monotonic() + 30
-    while _is_alive(group):
+    while is_alive(group):
         if time.monotonic() > limit:
             raise RuntimeError(f"processes of group {group} survived SIGKILL")
         time.sleep(0.01)
 
 
-def _is_alive(group: int) -> bool:
+def is_alive(group: int) -> bool:
     """Whether the group has a process that runs; one that is dead but not reaped does not count.
 
     Orphans are reaped by process 1, and in a container that may be a program that never does.

@@ -1,0 +1,59 @@
+"""A model of tiny_models.py as a checkpoint that mlx-lm loads, with a tokenizer and chat template.
+
+The tokenizer has one id for each of 255 characters and one for the end of a text. So a text says
+exactly which tokens it is made of, and no token waits for the next to become a character. Prompts
+may use printable ASCII and line feeds; the other characters are only ever generated.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tiny_models
+
+END = "<end>"
+END_ID = tiny_models.VOCAB - 1
+
+_ASCII = "\n" + "".join(map(chr, range(0x20, 0x7F)))
+# Letters with accents, for as many ids as are left.
+CHARACTERS = _ASCII + "".join(map(chr, range(0x100, 0x100 + END_ID - len(_ASCII))))
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def write(case: str, folder: Path) -> None:
+    """Write the model of `case`, a key of `tiny_models.CONFIGS`, into `folder`, which exists."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    weights = dict(tree_flatten(tiny_models.make(case).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {**tiny_models.CONFIGS[case], "eos_token_id": END_ID}
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_tokenizer(folder)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # A character in the spelling of a vocabulary of bytes, where for example a space is "Ġ".
+    names = [byte_level.pre_tokenize_str(character)[0][0] for character in CHARACTERS]
+    vocabulary = {name: i for i, name in enumerate([*names, END])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
