@@ -134,9 +134,12 @@ def all_gather(
 def _in_loop_of_mlx_lm() -> bool:
     """Whether one of mlx-lm's own generation loops is what calls the model."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != LOOPS_MODULE:
+    while frame is not None:
+        # By its spec: a module that is run has another name.
+        if getattr(frame.f_globals.get("__spec__"), "name", "") == LOOPS_MODULE:
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 def _placeholder(hidden: mx.array, vocabulary: int) -> mx.array:

@@ -104,20 +104,27 @@ def install(mode: str = "on", strict: bool = False) -> None:
 
     Raises:
         ValueError: for another `mode`.
-        SkipheadError: if `strict`, and something that is imported already had to be refused.
+        SkipheadError: if `strict`, and something that is imported already had to be refused. The
+            rest is installed.
     """
     global _strict
     if mode not in ("on", "hidden"):
         raise ValueError(f"mode={mode!r} is not understood. Accepted: 'on', 'hidden'.")
     with _lock:
         config.active, _strict = mode, strict  # type: ignore[assignment]
+        refused = []
         for name in (LOOPS_MODULE, *(family.module for family in FAMILIES)):
             module = sys.modules.get(name)
             if module is not None:
-                _patch(name, module)
+                try:
+                    _patch(name, module)
+                except SkipheadError as error:
+                    refused.append(str(error))
             elif name not in _hooked:
                 _hooked.add(name)
                 wrapt.register_post_import_hook(_on_import, name)
+        if refused:
+            raise SkipheadError("\n".join(refused))
 
 
 def uninstall() -> None:

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_lm_skiphead
-from mlx_lm_skiphead.cli.measure import count_heads
+from mlx_lm_skiphead.cli.measure import count_heads, family_of
 
 TOKENS = 10
 STOPS = tuple(range(100, 112))
@@ -110,7 +110,13 @@ class Tokenizer:
 def direct(model):
     """A model call outside the loops: the shape and the first numbers of what it gives."""
     out = model(mx.array([tiny_models.PROMPTS[1]]))
-    return {"shape": out.shape, "numbers": out[0, -1, :8].astype(mx.float32).tolist()}
+    told = {"shape": out.shape, "numbers": out[0, -1, :8].astype(mx.float32).tolist()}
+    if out.shape[-1] == tiny_models.HIDDEN:
+        family = family_of(model)
+        head = family.head_of(family.owner_of(model))
+        logits = head.as_linear(out) if hasattr(head, "as_linear") else head(out)
+        told["through the head"] = logits[0, -1, :8].astype(mx.float32).tolist()
+    return told
 
 
 def main(*cases: str) -> None:
