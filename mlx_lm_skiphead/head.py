@@ -97,6 +97,7 @@ def model_call(family: Family) -> Wrapper:
                     "to use this mlx-lm."
                 )
             run.sent, run.length = forward.sent, forward.length
+            run.vocabulary = logits.shape[-1]
             if not is_worker:
                 this_thread.alone = run.then_alone
         return logits

@@ -246,10 +246,9 @@ def _steps(run: Run, loop: Generator[Any, None, None], stream: Any) -> Generator
         try:
             while True:
                 with run.building():
-                    try:
-                        step = next(loop)
-                    except StopIteration:
-                        break
+                    step = next(loop, None)
+                if step is None:
+                    break
                 yield step
         except GeneratorExit:
             # The caller stops here (a stop token, max_tokens), and so do the other ranks.

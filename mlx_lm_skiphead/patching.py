@@ -43,7 +43,7 @@ class SkipheadError(RuntimeError):
 class Target(NamedTuple):
     """What became of one thing to patch.
 
-    `state` is ``"patched"``, ``"not imported"``, ``"refused"``, ``"not pipelined"`` (by the
+    `state` is ``"patched"``, ``"not imported yet"``, ``"refused"``, ``"not pipelined"`` (by the
     installed mlx-lm, so nothing is to be done) or ``"off"`` (the plugin is not installed).
     `reason` says why something was refused.
     """
@@ -199,7 +199,7 @@ def release(batch: Any) -> None:
 def _target(name: str, module: str) -> Target:
     if name in _outcomes:
         return _outcomes[name]
-    return Target("off" if config.active == "off" or module in sys.modules else "not imported")
+    return Target("off" if config.active == "off" or module in sys.modules else "not imported yet")
 
 
 def _on_import(module: ModuleType) -> None:

@@ -58,6 +58,8 @@ class Run:
         once it has been shared."""
         self.length = 0
         """How many positions that forward pass had."""
+        self.vocabulary = 0
+        """The width of its logits."""
         self.then_alone = ""
         """What runs on rank 0 only as soon as the forward pass is built, or ""."""
 
@@ -67,6 +69,10 @@ class Run:
         before, this_thread.run = this_thread.run, self
         try:
             yield
+        except Exception:
+            # What is in flight may never arrive: nobody is to wait for it (`finish`).
+            this_thread.last_share = None
+            raise
         finally:
             this_thread.run = before
 
@@ -103,10 +109,26 @@ class Run:
             state: Any = mx.random.state
             mine = mx.concatenate([tokens.astype(mx.uint32), state[0]], stream=mx.cpu)
         self.sent = None
-        # On the stream that upstream's sends and receives take too: their order is the protocol.
-        everyone = mx.distributed.all_gather(mine)
-        this_thread.last_share = (everyone[size : size + 2], self.is_worker)
-        return everyone[:size]
+        everyone = _first(mine)
+        with mx.stream(mx.cpu):
+            this_thread.last_share = (everyone[size:], self.is_worker)
+            return self.valid(everyone[:size])
+
+    def valid(self, tokens: mx.array) -> mx.array:
+        """`tokens` within the vocabulary, on the CPU.
+
+        They are, unless a peer was lost: then MLX leaves random memory in the place of what it
+        did not receive, and embedding that would end this process before its error is raised.
+        """
+        return mx.minimum(tokens, self.vocabulary - 1, stream=mx.cpu)
+
+
+def _first(mine: mx.array) -> mx.array:
+    """Rank 0's `mine` on every rank."""
+    # On the stream that upstream's sends and receives take too: their order is the protocol.
+    everyone = mx.distributed.all_gather(mine)
+    with mx.stream(mx.cpu):
+        return everyone[: mine.shape[0]]
 
 
 @contextmanager
@@ -175,7 +197,9 @@ def share_tokens(tokens: mx.array) -> mx.array:
         mine = tokens.astype(mx.uint32).flatten()
     else:
         mine = mx.depends(mx.zeros((tokens.size,), mx.uint32, stream=mx.cpu), after)
-    everyone = mx.distributed.all_gather(mine)[: tokens.size]
+    everyone = _first(mine)
+    if run is not None:
+        everyone = run.valid(everyone)
     return everyone.reshape(tokens.shape).astype(tokens.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import threading
 
@@ -285,6 +286,26 @@ def own_loop():
     told["shared"] = mlx_lm_skiphead.share_tokens(mx.array([[10 + rank], [20]])).tolist()
     told["errors"] = errors
     return told
+
+
+def killed():
+    """A rank is lost while all of them decode."""
+    pipeline = Pipeline()
+    victim = pipeline.group.rank() == int(sys.argv[2])
+
+    def lose(step):
+        if victim and step == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if sys.argv[3] == "one":
+        steps = generate.generate_step(mx.array([1, 2, 3]), pipeline.model, max_tokens=-1)
+        for step, _ in enumerate(steps):
+            lose(step)
+    batch = generate.BatchGenerator(pipeline.model, max_tokens=100_000)
+    batch.insert([[1, 2], [3, 4]])
+    for step in range(100_000):
+        lose(step)
+        batch.next_generated()
 
 
 def main(scenario: str, *_: str) -> None:

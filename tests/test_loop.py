@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,13 @@ def test_a_loop_of_the_users_own(count):
             "ValueError: share_tokens() got tokens of shape (1,) after a model call with a batch "
             "of 2",
         ]
+
+
+@pytest.mark.parametrize("loop", ["one", "batch"])
+@pytest.mark.parametrize("victim", ["0", "2"])
+def test_a_lost_rank_ends_the_others_with_an_error(victim, loop):
+    lost = ranks.launch(SCRIPT, "killed", victim, loop, ranks=3, env=ON, timeout=60, check=False)
+    codes = set(re.findall(r"exited with code (\S+)", lost.stderr))
+    # Their own error, or mlx.launch's SIGTERM where it was first; never a crash.
+    assert codes <= {"-9", "1", "-15"}, lost.stderr
+    assert "-9" in codes
