@@ -51,9 +51,7 @@ def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -
     Yields rank 0's tokens on every rank. The logprobs beside them are rank 0's on rank 0, and NaN
     on workers. Samplers and logits processors run on rank 0 only.
     """
-    if config.active == "off":
-        return wrapped(*args, **kwargs)
-    given = _arguments(wrapped, args, kwargs)
+    given = {} if config.active == "off" else _arguments(wrapped, args, kwargs)
     run = run_of(given.get("model"))
     if run is None:
         return wrapped(*args, **kwargs)
@@ -81,9 +79,7 @@ def speculative_generate_step(wrapped: Wrapped, instance: Any, args: Args, kwarg
     model proposes is sampled on every rank, as upstream does, from the same random numbers: so
     samplers and logits processors run on workers too, but only for the draft.
     """
-    if config.active == "off":
-        return wrapped(*args, **kwargs)
-    given = _arguments(wrapped, args, kwargs)
+    given = {} if config.active == "off" else _arguments(wrapped, args, kwargs)
     run = run_of(given.get("model"))
     if run is None:
         return wrapped(*args, **kwargs)
