@@ -74,6 +74,7 @@ _LOOPS = {
         reads=("model", "uids", "samplers", "fallback_sampler", "logits_processors"),
         assigns="_next_tokens",
     ),
+    "PromptProcessingBatch.prompt": _Needs(reads=("model",)),
     "GenerationBatch.filter": _Needs(("keep",)),
     "BatchGenerator.close": _Needs(reads=("_stream",)),
 }

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import config
+from .dead_weights import embedding_for_shape
 from .families import Family
 from .patching import LOOPS_MODULE
 from .sharing import Run, this_thread
@@ -72,11 +73,13 @@ def model_call(family: Family) -> Wrapper:
         elif config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm():
             forward = _Forward(stage, run=None, skip_head=True)
         else:
-            return wrapped(*args, **kwargs)
+            with embedding_for_shape():
+                return wrapped(*args, **kwargs)
 
         before, this_thread.forward = this_thread.forward, forward
         try:
-            logits = wrapped(*args, **kwargs)
+            with embedding_for_shape():
+                logits = wrapped(*args, **kwargs)
         except _BeforeHead as reached:
             if reached.forward is not forward:
                 raise
@@ -109,7 +112,8 @@ def stage_call(
     wrapped: Callable[..., Any], stage: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The wrapper of the pipelined model's ``__call__``, behind which the head would follow."""
-    hidden = wrapped(*args, **kwargs)
+    with embedding_for_shape():
+        hidden = wrapped(*args, **kwargs)
     forward = this_thread.forward
     if forward is not None and forward.stage is stage and forward.skip_head:
         raise _BeforeHead(forward, hidden)

@@ -209,6 +209,19 @@ def _sharing(cls: type) -> type:
     return _sharing_classes[cls]
 
 
+def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The wrapper of `mlx_lm.generate.PromptProcessingBatch.prompt`, which fills the caches.
+
+    Nothing is sampled and so nothing shared. Upstream builds a head for each chunk and never
+    evaluates it; here workers do not build it, or it would be read from disk.
+    """
+    run = None if config.active == "off" and not patching.holds() else run_of(batch.model)
+    if run is None:
+        return wrapped(*args, **kwargs)
+    with patching.running(), run.building():
+        return wrapped(*args, **kwargs)
+
+
 def batch_filter(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
     """The wrapper of `GenerationBatch.filter`: a worker whose batch is empty catches up.
 
@@ -230,6 +243,7 @@ WRAPPERS = {
     "generate_step": generate_step,
     "speculative_generate_step": speculative_generate_step,
     "GenerationBatch._step": batch_step,
+    "PromptProcessingBatch.prompt": batch_prompt,
     "GenerationBatch.filter": batch_filter,
     "BatchGenerator.close": batch_close,
 }

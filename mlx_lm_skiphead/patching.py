@@ -7,12 +7,14 @@ once per process and look at whether the plugin is installed.
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,11 +31,14 @@ LOOPS = {
     "speculative_generate_step": ("speculative_generate_step",),
     "GenerationBatch": (
         "GenerationBatch._step",
+        "PromptProcessingBatch.prompt",
         "GenerationBatch.filter",
         "BatchGenerator.close",
     ),
 }
 """The wrapped loops, and what is wrapped for each: all of it or nothing."""
+
+LOADING_MODULE = "mlx_lm.utils"
 
 
 class SkipheadError(RuntimeError):
@@ -55,6 +60,21 @@ class Target(NamedTuple):
         return f"{self.state}: {self.reason}" if self.reason else self.state
 
 
+class ModelStatus(NamedTuple):
+    """A model that was split into a pipeline while the plugin was on, on this rank."""
+
+    family: str
+    rank: int
+    ranks: int
+    on_disk: dict[str, int]
+    """Bytes of weights that have not been read, by name of the module that they belong to."""
+
+    def __str__(self) -> str:
+        parts = [f"{name} {size / 1e6:.1f} MB" for name, size in self.on_disk.items()]
+        left = " and ".join(parts) or "nothing"
+        return f"{self.family}, rank {self.rank} of {self.ranks}: {left} left on disk"
+
+
 class Status(NamedTuple):
     """What the plugin does in this process: see `status`."""
 
@@ -64,11 +84,15 @@ class Status(NamedTuple):
     """By module of ``mlx_lm.models``."""
     loops: dict[str, Target]
     """By function or class of ``mlx_lm.generate``."""
+    models: tuple[ModelStatus, ...]
+    """The models that are alive."""
 
     def __str__(self) -> str:
         lines = [f"mlx-lm-skiphead is {self.mode}"]
         for title, targets in (("loops", self.loops), ("families", self.families)):
             lines += [f"{title}:", *(f"  {name:<24}{target}" for name, target in targets.items())]
+        if self.models:
+            lines += ["models:", *(f"  {model}" for model in self.models)]
         return "\n".join(lines)
 
 
@@ -80,10 +104,20 @@ class _Handle(NamedTuple):
     wrapper: Any
 
 
+class _Patched(NamedTuple):
+    """A patched family."""
+
+    family: Family
+    head_class: type
+    handles: list[_Handle]
+    """Of what makes a forward pass end before the head."""
+
+
 _lock = threading.RLock()
 _handles: list[_Handle] = []
 _outcomes: dict[str, Target] = {}
-_loaded_classes: dict[type, tuple[Family, list[_Handle]]] = {}
+_patched: dict[type, _Patched] = {}
+"""By the class `Model` of its module."""
 _hooked: set[str] = set()
 _held: weakref.WeakSet[Any] = weakref.WeakSet()
 _strict = False
@@ -113,7 +147,7 @@ def install(mode: str = "on", strict: bool = False) -> None:
     with _lock:
         config.active, _strict = mode, strict  # type: ignore[assignment]
         refused = []
-        for name in (LOOPS_MODULE, *(family.module for family in FAMILIES)):
+        for name in (LOOPS_MODULE, LOADING_MODULE, *(family.module for family in FAMILIES)):
             module = sys.modules.get(name)
             if module is not None:
                 try:
@@ -148,6 +182,7 @@ def status() -> Status:
             config.active,
             {family.name: _target(family.name, family.module) for family in FAMILIES},
             {name: _target(name, LOOPS_MODULE) for name in LOOPS},
+            _models(),
         )
 
 
@@ -157,9 +192,30 @@ def family_of(model: Any) -> Family | None:
     None also where another package has since put something in place of what was patched.
     """
     for cls in type(model).__mro__:
-        if cls in _loaded_classes:
-            family, handles = _loaded_classes[cls]
+        if cls in _patched:
+            family, _, handles = _patched[cls]
             return family if all(map(_in_place, handles)) else None
+    return None
+
+
+def owner_of(stage: Any) -> tuple[Family, Any] | None:
+    """The patched family of a pipelined model, and the head owner that it is a part of.
+
+    A pipelined model does not know what it is a part of: this looks among all objects, which
+    takes some 20 ms.
+    """
+    with _lock:
+        patched = [p for p in _patched.values() if all(map(_in_place, p.handles))]
+    for thing in gc.get_objects():
+        for family, head_class, _ in patched:
+            # By type(): asking some objects for their __class__ runs code of theirs.
+            if issubclass(type(thing), head_class):
+                try:
+                    found = family.stage_of(thing) is stage
+                except AttributeError:  # it is being built
+                    continue
+                if found:
+                    return family, thing
     return None
 
 
@@ -196,6 +252,14 @@ def release(batch: Any) -> None:
         _settle()
 
 
+def _models() -> tuple[ModelStatus, ...]:
+    if "mlx.core" not in sys.modules:
+        return ()
+    from . import dead_weights
+
+    return dead_weights.models()
+
+
 def _target(name: str, module: str) -> Target:
     if name in _outcomes:
         return _outcomes[name]
@@ -213,6 +277,8 @@ def _patch(name: str, module: ModuleType) -> None:
     if name == LOOPS_MODULE:
         for loop in LOOPS:
             _attempt(loop, module, _patch_loop)
+    elif name == LOADING_MODULE:
+        _attempt("sharded_load", module, _patch_loading)
     else:
         _attempt(name.rpartition(".")[2], module, _patch_family)
 
@@ -230,7 +296,7 @@ def _attempt(name: str, module: ModuleType, patch: Callable[[str, ModuleType], T
         return
     while len(_handles) > before:
         _undo(_handles.pop())
-    message = f"{name} is left to upstream mlx-lm, no head is skipped: {outcome.reason}"
+    message = f"{name} is left to upstream mlx-lm: {outcome.reason}"
     if _strict:
         raise SkipheadError(message)
     log.warning(message)
@@ -239,7 +305,7 @@ def _attempt(name: str, module: ModuleType, patch: Callable[[str, ModuleType], T
 def _patch_family(name: str, module: ModuleType) -> Target:
     import mlx.core as mx
 
-    from . import drift, head
+    from . import dead_weights, drift, head
 
     family = BY_NAME[name]
     if family.same_as:
@@ -252,12 +318,16 @@ def _patch_family(name: str, module: ModuleType) -> Target:
     reason = drift.family_drift(family, module)
     if reason:
         return Target("refused", reason)
+    stage_class = getattr(module, family.stage_class)
+    head_class = getattr(module, family.head_class)
     handles = [
         _wrap(mx.distributed, "all_gather", head.all_gather),
-        _wrap(getattr(module, family.stage_class), "__call__", head.stage_call),
-        _wrap(getattr(module, family.head_class), "__call__", head.model_call(family)),
+        _wrap(stage_class, "__call__", head.stage_call),
+        _wrap(head_class, "__call__", head.model_call(family)),
     ]
-    _loaded_classes[module.Model] = (family, handles)
+    _wrap(mx, "load", dead_weights.load)
+    _wrap(stage_class, "pipeline", dead_weights.pipeline)
+    _patched[module.Model] = _Patched(family, head_class, handles)
     return Target("patched")
 
 
@@ -272,9 +342,17 @@ def _patch_loop(name: str, module: ModuleType) -> Target:
     return Target("patched")
 
 
+def _patch_loading(name: str, module: ModuleType) -> Target:
+    from . import dead_weights
+
+    _wrap(module, name, dead_weights.sharded_load)
+    return Target("patched")
+
+
 def _wrap(target: Any, path: str, wrapper: Callable[..., Any]) -> _Handle:
-    """Wrap ``target.path`` where it is defined, once."""
-    owner, attribute, _ = wrapt.resolve_owner(target, path)
+    """Wrap ``target.path``, once; what a class inherits is wrapped for that class only."""
+    *parents, attribute = path.split(".")
+    owner = attrgetter(".".join(parents))(target) if parents else target
     for handle in _handles:
         if handle.owner is owner and handle.attribute == attribute:
             return handle
@@ -302,5 +380,5 @@ def _settle() -> None:
     while _handles:
         _undo(_handles.pop())
     _outcomes.clear()
-    _loaded_classes.clear()
+    _patched.clear()
     _held.clear()

@@ -35,6 +35,12 @@ class _PerThread(threading.local):
     unshared: Run | None = None
     """What `rank_zero_head` opened last, until `share_tokens`."""
 
+    embeds_for_shape: bool = False
+    """Whether a forward pass is being built (dead_weights.py)."""
+
+    loading: Any = None
+    """The call of `sharded_load` for a pipeline (dead_weights.py), while it lasts."""
+
     last_share: tuple[mx.array, bool] | None = None
     """The random key in the last share, and whether this rank has yet to take it over."""
 

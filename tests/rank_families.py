@@ -1,18 +1,23 @@
 """Run by test_families.py, alone or as a rank: generates with the models of the cases it is given.
 
 Reports, per case and kind of request, the tokens and logprobs, the next random number, and how
-many heads were evaluated for how many tokens; and what direct calls give, in both modes.
+many heads were evaluated for how many tokens; what direct calls give, in both modes; and which
+weights are left on disk.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
+import tempfile
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 import ranks
 import tiny_models
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
@@ -117,18 +122,50 @@ def direct(model):
     return told
 
 
+def on_disk(model, file):
+    """The weights of `model` are written to `file`, and are lazily loaded ones from there."""
+    mx.save_safetensors(str(file), dict(tree_flatten(model.parameters())))
+    model.load_weights(str(file))
+
+
+def sizes(model):
+    """Bytes of the head, None where it is tied, and of the embedding."""
+    family = family_of(model)
+    owner = family.owner_of(model)
+    embedding = getattr(family.stage_of(owner), family.embedding)
+    head = getattr(owner, "lm_head", None)
+    return [
+        None if m is None else sum(a.nbytes for _, a in tree_flatten(m.parameters()))
+        for m in (head, embedding)
+    ]
+
+
+def left_on_disk():
+    gc.collect()
+    (model,) = mlx_lm_skiphead.status().models
+    return model.on_disk
+
+
 def main(*cases: str) -> None:
     group = mx.distributed.init()
+    folder = tempfile.TemporaryDirectory()
     told = {}
     for case in cases:
         name, _, how = case.partition("+")
         model = tiny_models.make(name, quantize=how == "quantized")
+        told[case] = {"sizes": sizes(model)}
         if group.size() > 1:
+            on_disk(model, Path(folder.name, f"{case}.safetensors"))
             model.model.pipeline(group)
-        told[case] = {}
+            mx.eval(model.parameters())
+            told[case]["attributes"] = sizes(model)
         told[case]["requests"], told[case]["heads per token"] = answers(model)
         told[case]["batch"] = batched(model)
+        if group.size() > 1:
+            told[case]["on disk"] = left_on_disk()
         told[case]["direct"] = direct(model)
+        if group.size() > 1:
+            told[case]["on disk, after a direct call"] = left_on_disk()
         if mlx_lm_skiphead.status().mode != "off":
             mlx_lm_skiphead.install("hidden")
             told[case]["requests, hidden"], _ = answers(model, "all of it")
@@ -137,4 +174,5 @@ def main(*cases: str) -> None:
     ranks.report(told)
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

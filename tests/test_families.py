@@ -80,6 +80,17 @@ def test_family(case, right, told):
         else:
             assert batch == expected
 
+        # What a rank never uses in a loop is on disk, until a direct call uses it.
+        head, embedding = right[case]["sizes"]
+        name = "word_embeddings" if case.startswith("bailing") else "embed_tokens"
+        unused = {} if head is None or rank == 0 else {"lm_head": head}
+        if rank != len(told) - 1 and not (head is None and rank == 0):
+            unused[name] = embedding
+        assert answered["on disk"] == unused, case
+        assert answered["attributes"] == right[case]["sizes"], case
+        unused = {} if head is None or name not in unused else {name: embedding}
+        assert answered["on disk, after a direct call"] == unused, case
+
         # Outside the loops every rank gets logits, as from upstream.
         logits = right[case]["direct"]
         near = pytest.approx(logits["numbers"], abs=1e-2)

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tiny_models
 
 END = "<end>"
 END_ID = tiny_models.VOCAB - 1
+
+HEAD_FILE = "model-head.safetensors"
+EMBEDDING_FILE = "model-embedding.safetensors"
 
 _ASCII = "\n" + "".join(map(chr, range(0x20, 0x7F)))
 # Letters with accents, for as many ids as are left.
@@ -25,18 +29,32 @@ CHAT_TEMPLATE = (
 )
 
 
-def write(case: str, folder: Path) -> None:
-    """Write the model of `case`, a key of `tiny_models.CONFIGS`, into `folder`, which exists."""
+def write(case: str, folder: Path, *, quantize: bool = False, **changes: Any) -> None:
+    """Write the model of `case`, as `tiny_models.make` makes it, into `folder`, which exists.
+
+    Head and embedding are in files of their own, `HEAD_FILE` and `EMBEDDING_FILE`.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    weights = dict(tree_flatten(tiny_models.make(case).parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
+    weights = dict(tree_flatten(tiny_models.make(case, quantize=quantize, **changes).parameters()))
+    files = {key: _file_of(key) for key in weights}
+    for file in set(files.values()):
+        part = {key: array for key, array in weights.items() if files[key] == file}
+        mx.save_safetensors(str(folder / file), part, metadata={"format": "mlx"})
+    index = {"metadata": {}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {**tiny_models.CONFIGS[case], "eos_token_id": END_ID}
+    config = {**tiny_models.CONFIGS[case], "eos_token_id": END_ID, **changes}
+    if quantize:
+        config["quantization"] = {"group_size": 32, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     _write_tokenizer(folder)
+
+
+def _file_of(key: str) -> str:
+    if "lm_head" in key:
+        return HEAD_FILE
+    return EMBEDDING_FILE if "embeddings" in key or "embed_tokens" in key else "model.safetensors"
 
 
 def _write_tokenizer(folder: Path) -> None:

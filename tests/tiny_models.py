@@ -477,18 +477,19 @@ _RESEEDED = (
 )
 
 
-def make(case: str, *, quantize: bool = False) -> nn.Module:
+def make(case: str, *, quantize: bool = False, **changes: Any) -> nn.Module:
     """Build the model of a case, in float32. Seeds the global random state.
 
     Args:
         case: a key of `CONFIGS`.
         quantize: to 4 bits in groups of 32, where the family allows it: everywhere but in routers
             and the like, head and embeddings included. muse_spark allows only some experts.
+        changes: what its configuration has otherwise.
     """
     import mlx.core as mx
     from mlx_lm.utils import quantize_model
 
-    config = copy.deepcopy(CONFIGS[case])
+    config = copy.deepcopy(CONFIGS[case]) | changes
     arch = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     if config["model_type"] == "muse_spark" and not mx.metal.is_available():
         _replace_metal_kernels(arch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import mlx_lm
 import wrapt
 from mlx_lm.sample_utils import make_sampler
 
+from ..dead_weights import is_pending
 from ..families import BY_NAME, Family
 
 
@@ -66,7 +66,7 @@ class HeadCount:
         MLX is lazy: logits that a call of the head returned need not be computed ever, as in
         prefill. Those that were have no operation behind them any more.
         """
-        return sum(not _pending(logits) for logits in self._logits)
+        return sum(not is_pending(logits) for logits in self._logits)
 
 
 @contextmanager
@@ -74,6 +74,7 @@ def count_heads(model: Any) -> Iterator[HeadCount]:
     """Count the heads of `model` that this rank evaluates inside the ``with`` block."""
     family = family_of(model)
     head = family.head_of(family.owner_of(model))
+    head = getattr(head, "__wrapped__", head)  # where it is on disk
     # An embedding that serves as the head does so through another method.
     method = "as_linear" if hasattr(head, "as_linear") else "__call__"
     count = HeadCount()
@@ -89,9 +90,3 @@ def count_heads(model: Any) -> Iterator[HeadCount]:
         yield count
     finally:
         wrapt.unwrap_object(type(head), method, handle)
-
-
-def _pending(array: mx.array) -> bool:
-    graph = io.StringIO()
-    mx.export_to_dot(graph, array)
-    return "label" in graph.getvalue()

@@ -1,0 +1,146 @@
+"""Run by test_memory.py as a rank: what a model takes in memory, and what it has left on disk.
+
+Its argument is a dict of tasks, in JSON. A task has the `folder` of a checkpoint, or of one for
+each rank; `then` names a function of this file to call after generating.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import ranks
+from mlx.utils import tree_flatten
+
+import mlx_lm_skiphead
+from mlx_lm_skiphead.cli.measure import family_of
+
+# Not by name: it is imported before the plugin.
+loops = importlib.import_module("mlx_lm.generate")
+utils = importlib.import_module("mlx_lm.utils")
+
+PROMPT = [3, 141, 59, 26, 53, 58, 97]
+
+
+def generate(model):
+    mx.random.seed(7)
+    tokens = [token for token, _ in loops.generate_step(mx.array(PROMPT), model, max_tokens=8)]
+    # Upstream leaves a step in flight, which would mix with what a direct call receives.
+    mx.synchronize(loops.generation_stream)
+    return tokens
+
+
+def direct(model):
+    """The first numbers of a direct call's logits."""
+    logits = model(mx.array([PROMPT]))
+    return logits[0, -1, :8].tolist()
+
+
+def grown(model, rank):
+    """A direct call, and how many bytes of memory are in use after it that were not before."""
+    mx.synchronize()
+    before = mx.get_active_memory()
+    numbers = direct(model)
+    mx.synchronize()
+    return {"numbers": numbers, "bytes": mx.get_active_memory() - before, "again": direct(model)}
+
+
+def in_thread(model, rank):
+    """As `grown`, in a thread that has not loaded the model."""
+    told = []
+    thread = threading.Thread(target=lambda: told.append(grown(model, rank)))
+    thread.start()
+    thread.join()
+    return told[0]
+
+
+def uninstalled(model, rank):
+    mlx_lm_skiphead.uninstall()
+    return {"tokens": generate(model), "numbers": direct(model), "left": left_on_disk()}
+
+
+def left_on_disk():
+    """What `status` says of the models that are alive; there should be one."""
+    gc.collect()
+    return [model._asdict() for model in mlx_lm_skiphead.status().models]
+
+
+def used_otherwise(model, rank):
+    """What a program may do with a model besides calling it."""
+    family = family_of(model)
+    owner = family.owner_of(model)
+    head, embedding = family.head_of(owner), getattr(family.stage_of(owner), family.embedding)
+    model.eval()
+    copied = copy.deepcopy(model)
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    told = {
+        "bytes": sum(array.nbytes for array in arrays),
+        "copy": sum(a.nbytes for _, a in tree_flatten(copied.parameters())),
+        "modules": [isinstance(module, nn.Module) for module in (head, embedding)],
+        "weights": [[m.weight.shape, str(m.weight.dtype)] for m in (head, embedding)],
+        "layers": len(model.layers),
+        "repr": len(repr(model)) > 100,
+    }
+    file = Path(os.environ["RANK_RESULTS"], f"saved-{rank}.safetensors")
+    model.save_weights(str(file))
+    told["saved"] = sum(array.nbytes for array in mx.load(str(file)).values())
+    told["left"] = left_on_disk()
+    told["compiled"] = mx.compile(model)(mx.array([PROMPT]))[0, -1, :8].tolist()
+    told["copied"] = direct(copied)
+    return told
+
+
+def refused(model, rank):
+    """The errors of two direct calls on a worker."""
+    told = []
+    while rank and len(told) < 2:
+        try:
+            model(mx.array([PROMPT]))
+        except RuntimeError as error:
+            told.append(str(error))
+    return told
+
+
+def run(task):
+    group = mx.distributed.init()
+    rank = group.rank()
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    folder = Path(task["folder"])
+    if task.get("a folder each"):
+        folder /= str(rank)
+    if task.get("own pipeline"):
+        model, _ = utils.load_model(folder, lazy=True)
+        model.model.pipeline(group)
+        mx.eval(model.parameters())
+    else:
+        model, _ = utils.sharded_load(str(folder), pipeline_group=group)
+    gc.collect()
+    told = {"loaded": mx.get_active_memory() - before, "left": left_on_disk()}
+    told["peak of loading"] = mx.get_peak_memory() - before
+    mx.reset_peak_memory()
+    told["tokens"] = generate(model)
+    told["peak"] = mx.get_peak_memory() - before
+    told["left after"] = left_on_disk()
+    if file := task.get("spoilt"):
+        os.truncate(folder / file, 100)
+    if what := task.get("then"):
+        told[what] = globals()[what](model, rank)
+    return told
+
+
+def main(tasks):
+    ranks.report({name: run(task) for name, task in tasks.items()})
+    os._exit(0)  # MLX may abort at the exit of a process in which a thread has computed
+
+
+main(json.loads(sys.argv[1]))
