@@ -36,12 +36,16 @@ def test_demo() -> None:
         env={**os.environ, "COLUMNS": "120"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = re.findall(r"│ +(\d) │ (.+?) +│.*│ +([\d.]+ → [\d.]+) │.*│.*│", done.stdout)
+    rows = re.findall(r"│ +(\d) │ (.+?) +│ +\d-\d │ +([\d.]+ → [\d.]+) │.*│", done.stdout)
     assert rows == [
         ("0", "head", "1.00 → 1.00"),
         ("1", "middle", "1.00 → 0.00"),
         ("2", "first stage", "1.00 → 0.00"),
     ]
+    row = r"│ +\d │ [a-z ]+ │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │.* → .*│ +[\d.]+ → [\d.]+ │"
+    memory = [[float(number) for number in found] for found in re.findall(row, done.stdout)]
+    assert [on_disk for _, _, on_disk in memory] == [134.2, 268.4, 134.2]
+    assert all(abs(plain - (skip + left)) < 0.2 for plain, skip, left in memory), memory
     assert "Tokens agree: 4 greedy and 4 at temperature 0.8, on all 3 ranks" in done.stdout
     assert "skip / unpatched" in done.stdout
     assert not done.stderr

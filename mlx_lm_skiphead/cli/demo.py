@@ -34,8 +34,9 @@ def add_command(commands: Any) -> None:
         "demo",
         help="run a model on ranks of this machine, without the plugin and with it, and compare",
         description="Starts ranks on this machine twice, without the plugin and with it, and "
-        "prints whether the tokens agree, how many heads each rank ran per token, memory and "
-        "time. With no argument it makes a small DeepSeek-V3-shaped model with random weights.",
+        "prints whether the tokens agree, how many heads each rank ran per token, memory, what "
+        "is left on disk, and time. With no argument it makes a small DeepSeek-V3-shaped model "
+        "with random weights.",
         epilog="example: mlx-lm-skiphead demo --model ./my-model -n 3 --prompt 'Hello'",
     )
     parser.add_argument("--model", metavar="PATH_OR_REPO", help="a model that mlx-lm can pipeline")
@@ -104,21 +105,7 @@ def _start(
 
 
 def _report(console: Console, plain: list[Result], skip: list[Result]) -> int:
-    count = len(skip)
-    table = Table(title=f"{count} ranks of one pipeline: without the plugin → with it")
-    for column in ("rank", "role", "layers", "heads per token", "peak memory, MB", "ms per token"):
-        table.add_column(column, justify="left" if column == "role" else "right")
-    for rank, (before, after) in enumerate(zip(plain, skip, strict=True)):
-        times = after["ms_per_token"]
-        table.add_row(
-            str(rank),
-            "head" if rank == 0 else "first stage" if rank == count - 1 else "middle",
-            "{}-{}".format(after["layers"][0], after["layers"][1] - 1),
-            f"{before['heads_per_token']:.2f} → {after['heads_per_token']:.2f}",
-            f"{before['peak_bytes'] / 1e6:.0f} → {after['peak_bytes'] / 1e6:.0f}",
-            " → ".join(f"{statistics.median(t):.1f}" if t else "?" for t in times.values()),
-        )
-    console.print(table)
+    console.print(_work(plain, skip), _memory(plain, skip))
     console.print(f"The head is {skip[0]['head_bytes'] / 1e6:.0f} MB.")
     times = skip[0]["ms_per_token"]
     if all(times.values()):
@@ -130,6 +117,46 @@ def _report(console: Console, plain: list[Result], skip: list[Result]) -> int:
             "equal machines gain little, see README.md."
         )
     return _compare(console, plain, skip)
+
+
+def _work(plain: list[Result], skip: list[Result]) -> Table:
+    table = Table(title=f"{len(skip)} ranks of one pipeline: unpatched → with the plugin")
+    for column in ("rank", "role", "layers", "heads per token", "ms per token"):
+        table.add_column(column, justify="left" if column == "role" else "right")
+    for rank, (before, after) in enumerate(zip(plain, skip, strict=True)):
+        times = after["ms_per_token"].values()
+        table.add_row(
+            str(rank),
+            _role(rank, len(skip)),
+            "{}-{}".format(after["layers"][0], after["layers"][1] - 1),
+            f"{before['heads_per_token']:.2f} → {after['heads_per_token']:.2f}",
+            " → ".join(f"{statistics.median(t):.1f}" if t else "?" for t in times),
+        )
+    return table
+
+
+def _memory(plain: list[Result], skip: list[Result]) -> Table:
+    table = Table(
+        title="MB in memory after loading, left on disk, and at most while generating; "
+        "seconds to load from cached files"
+    )
+    for column in ("rank", "role", "unpatched", "plugin", "on disk", "peak", "s to load"):
+        table.add_column(column, justify="left" if column == "role" else "right")
+    for rank, (before, after) in enumerate(zip(plain, skip, strict=True)):
+        table.add_row(
+            str(rank),
+            _role(rank, len(skip)),
+            f"{before['loaded_bytes'] / 1e6:.1f}",
+            f"{after['loaded_bytes'] / 1e6:.1f}",
+            f"{sum(after['on_disk'].values()) / 1e6:.1f}",
+            f"{before['peak_bytes'] / 1e6:.0f} → {after['peak_bytes'] / 1e6:.0f}",
+            f"{before['load_seconds']:.2f} → {after['load_seconds']:.2f}",
+        )
+    return table
+
+
+def _role(rank: int, ranks: int) -> str:
+    return "head" if rank == 0 else "first stage" if rank == ranks - 1 else "middle"
 
 
 def _spread(values: list[float], digits: int = 1) -> str:

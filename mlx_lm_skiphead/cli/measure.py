@@ -1,14 +1,15 @@
-"""What one rank measures of a generation: its tokens, when they came, heads evaluated."""
+"""What one rank measures: how long a model loads, its tokens, when they came, heads evaluated."""
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx_lm
+import mlx_lm.utils
 import wrapt
 from mlx_lm.sample_utils import make_sampler
 
@@ -23,6 +24,28 @@ class Generated(NamedTuple):
     text: str
     seconds: list[float]
     """When each token came, from the start of the generation."""
+
+
+def load(model: str, group: mx.distributed.Group) -> tuple[Any, Any, float]:
+    """Load a model that is split over `group`: the model, its tokenizer and how long that took.
+
+    In seconds, without the wait for other ranks that `sharded_load` ends with.
+    """
+    gc.collect()
+    waits: list[float] = []
+
+    def begin_to_wait(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        waits.append(time.perf_counter())
+        return wrapped(*args, **kwargs)
+
+    handle = wrapt.wrap_function_wrapper(mx.distributed, "all_sum", begin_to_wait)
+    try:
+        start = time.perf_counter()
+        loaded, tokenizer = mlx_lm.utils.sharded_load(model, pipeline_group=group)
+    finally:
+        wrapt.unwrap_object(mx.distributed, "all_sum", handle)
+    gc.collect()
+    return loaded, tokenizer, waits[0] - start
 
 
 def generate(

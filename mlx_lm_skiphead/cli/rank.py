@@ -28,13 +28,15 @@ def main() -> None:
 def _measure(task: dict[str, Any]) -> dict[str, Any]:
     """Load, generate, count; and, where the task has rounds, time both ways in turn."""
     import mlx.core as mx
-    from mlx_lm.utils import sharded_load
 
     from . import measure
 
     group = mx.distributed.init(strict=True, backend="ring")
     _say(step="loading")
-    model, tokenizer = sharded_load(task["model"], pipeline_group=group)
+    measure.load(task["model"], group)  # so that the files are in the system's cache, for the next
+    model, tokenizer, load_seconds = measure.load(task["model"], group)
+    loaded = mx.get_active_memory()
+    (on_disk,) = [model.on_disk for model in status().models] or [{}]
     family = measure.family_of(model)
     stage = family.stage_of(family.owner_of(model))
     head = family.head_of(family.owner_of(model))
@@ -51,6 +53,9 @@ def _measure(task: dict[str, Any]) -> dict[str, Any]:
         counted = measure.generate(model, tokenizer, prompt, tokens)
     result = {
         "layers": [stage.start_idx, stage.end_idx],
+        "load_seconds": load_seconds,
+        "loaded_bytes": loaded,
+        "on_disk": on_disk,
         "peak_bytes": peak,
         "head_bytes": sum(array.nbytes for array in head.parameters().values()),
         "refused": _refused(family.name),
