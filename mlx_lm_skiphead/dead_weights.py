@@ -191,7 +191,7 @@ def pipeline(wrapped: Callable[..., Any], stage: Any, args: Any, kwargs: Any) ->
         rank, ranks = stage.pipeline_rank, stage.pipeline_size
         taken = [
             weakref.ref(stand_in)
-            for parent, name in _dead(family, owner, stage)
+            for parent, name in dead(family, owner, stage)
             if (stand_in := _take_out(parent, name, family, rank)) is not None
         ]
         loading = this_thread.loading
@@ -205,7 +205,7 @@ def pipeline(wrapped: Callable[..., Any], stage: Any, args: Any, kwargs: Any) ->
     return result
 
 
-def _dead(family: Family, owner: Any, stage: Any) -> Iterator[tuple[Any, str]]:
+def dead(family: Family, owner: Any, stage: Any) -> Iterator[tuple[Any, str]]:
     """What this rank never uses in mlx-lm's loops, as the parent module and a name."""
     rank, last = stage.pipeline_rank, stage.pipeline_size - 1
     tied = getattr(owner, "lm_head", None) is None
@@ -295,6 +295,11 @@ _origins: dict[int, tuple[weakref.ref[mx.array], _Origin]] = {}
 def _remember(array: mx.array, origin: _Origin) -> None:
     number = id(array)  # arrays compare by their elements
     _origins[number] = weakref.ref(array, lambda _: _origins.pop(number, None)), origin
+
+
+def size_of(module: Any) -> int:
+    """The bytes of all weights of `module`, read or not."""
+    return sum(array.nbytes for array in _weights(module).values())
 
 
 def _weights(module: Any) -> dict[str, mx.array]:

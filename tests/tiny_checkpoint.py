@@ -29,26 +29,37 @@ CHAT_TEMPLATE = (
 )
 
 
-def write(case: str, folder: Path, *, quantize: bool = False, **changes: Any) -> None:
+def write(
+    case: str, folder: Path, *, quantize: bool = False, mixed: bool = False, **changes: Any
+) -> None:
     """Write the model of `case`, as `tiny_models.make` makes it, into `folder`, which exists.
 
-    Head and embedding are in files of their own, `HEAD_FILE` and `EMBEDDING_FILE`.
+    Head and embedding are in files of their own, `HEAD_FILE` and `EMBEDDING_FILE`. With `mixed`
+    the head is quantized to 8 bits, the embedding not at all, and the rest to 4 bits.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
+    from mlx_lm.utils import quantize_model
 
-    weights = dict(tree_flatten(tiny_models.make(case, quantize=quantize, **changes).parameters()))
+    config = {**tiny_models.CONFIGS[case], "eos_token_id": END_ID, **changes}
+    model = tiny_models.make(case, quantize=quantize, **changes)
+    if quantize:
+        config["quantization"] = {"group_size": 32, "bits": 4}
+    if mixed:
+        model, config = quantize_model(model, config, 32, 4, quant_predicate=_mixed)
+    weights = dict(tree_flatten(model.parameters()))
     files = {key: _file_of(key) for key in weights}
     for file in set(files.values()):
         part = {key: array for key, array in weights.items() if files[key] == file}
         mx.save_safetensors(str(folder / file), part, metadata={"format": "mlx"})
     index = {"metadata": {}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {**tiny_models.CONFIGS[case], "eos_token_id": END_ID, **changes}
-    if quantize:
-        config["quantization"] = {"group_size": 32, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     _write_tokenizer(folder)
+
+
+def _mixed(path: str, module: Any) -> bool | dict[str, int]:
+    return {"group_size": 32, "bits": 8} if "lm_head" in path else "embed" not in path
 
 
 def _file_of(key: str) -> str:

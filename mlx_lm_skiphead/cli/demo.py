@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .arguments import pipeline_ranks, positive
 from .ranks import RankFailed, Ranks
 
 ROUNDS = 5
@@ -40,10 +41,12 @@ def add_command(commands: Any) -> None:
         epilog="example: mlx-lm-skiphead demo --model ./my-model -n 3 --prompt 'Hello'",
     )
     parser.add_argument("--model", metavar="PATH_OR_REPO", help="a model that mlx-lm can pipeline")
-    parser.add_argument("-n", dest="ranks", type=_ranks, default=2, metavar="RANKS", help="(2)")
+    parser.add_argument(
+        "-n", dest="ranks", type=pipeline_ranks, default=2, metavar="RANKS", help="(2)"
+    )
     parser.add_argument("--prompt", default="What is the capital of France?")
     parser.add_argument(
-        "--max-tokens", type=_tokens, default=24, metavar="N", help="tokens per generation (24)"
+        "--max-tokens", type=positive, default=24, metavar="N", help="tokens per generation (24)"
     )
     parser.set_defaults(run=run)
 
@@ -187,18 +190,6 @@ def _compare(console: Console, plain: list[Result], skip: list[Result]) -> int:
         f"temperature 0.8, on all {len(skip)} ranks, with and without the plugin."
     )
     return 0
-
-
-def _ranks(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"a pipeline needs 2 ranks or more, not {text!r}")
-    return int(text)
-
-
-def _tokens(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of 1 or more is needed, not {text!r}")
-    return int(text)
 
 
 @contextmanager

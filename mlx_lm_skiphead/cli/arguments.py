@@ -1,0 +1,38 @@
+"""What the commands' arguments may be."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of 1 or more is needed, not {text!r}")
+    return int(text)
+
+
+def positives(kind: type[Number]) -> Callable[[str], list[Number]]:
+    """A list of numbers above 0, as in ``8,4,4``."""
+
+    def parse(text: str) -> list[Number]:
+        try:
+            numbers = [kind(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(0 < number < float("inf") for number in numbers):
+            raise argparse.ArgumentTypeError(f"needs numbers above 0, as in 8,4,4, not {text!r}")
+        return numbers
+
+    return parse
+
+
+def pipeline_ranks(text: str) -> int:
+    """A number of ranks that makes a pipeline."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"a pipeline needs 2 ranks or more, not {text!r}")
+    return int(text)

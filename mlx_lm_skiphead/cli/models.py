@@ -1,0 +1,102 @@
+"""A model that the command line was given: where it is, and whether a pipeline can run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx_lm.utils
+
+from .. import uninstall
+from ..families import Family
+from .measure import family_of
+
+
+class Unusable(ValueError):
+    """Something that the user named cannot be used; the message is one line that says why."""
+
+
+def locate(path_or_repo: str) -> Path:
+    """The folder of a model: a local one, or the cached copy of a hub repository.
+
+    Raises:
+        Unusable: if there is neither. Nothing is fetched.
+    """
+    folder = Path(path_or_repo).expanduser()
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(path_or_repo, local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise Unusable(
+                f"there is no folder {path_or_repo}, and no copy of such a hub repository here"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise Unusable(f"there is no model in {folder}: it has no config.json")
+    return folder
+
+
+class Split(NamedTuple):
+    """A model as one rank has it, its weights unread."""
+
+    model: Any
+    family: Family
+    config: dict[str, Any]
+
+
+def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) -> Split:
+    """The model in `folder` as `rank` of a pipeline of `ranks` has it. Reads headers only.
+
+    Args:
+        folder: see `locate`.
+        rank: from 0, which has the last layers.
+        ranks: how many.
+        layers: how many each rank has, rank 0 first; mlx-lm's even split if None.
+
+    Raises:
+        Unusable: if mlx-lm or this plugin cannot do it.
+    """
+    uninstall()  # what is asked for is mlx-lm's own split, whatever the environment says
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise Unusable(f"{index} is missing: mlx-lm needs it to split a model")
+    files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+    if missing := sorted(str(file) for file in files if not file.exists()):
+        raise Unusable(f"files of the model are missing: {', '.join(missing)}")
+    try:
+        model, config = mlx_lm.utils.load_model(folder, lazy=True, strict=False)
+        family = family_of(model)
+    except Exception as error:  # whatever is wrong with the files of a model
+        raise Unusable(f"{folder}: {error}") from error
+    stage: Any = getattr(model, "model", None)
+    if not hasattr(stage, "pipeline"):
+        raise Unusable(f"this mlx-lm cannot split {family.name} into a pipeline")
+    count = len(stage.layers)
+    if ranks > count:
+        raise Unusable(f"{ranks} ranks need {ranks} layers, and this model has {count}")
+    if layers is not None and (len(layers), sum(layers)) != (ranks, count):
+        raise Unusable(
+            f"the split {','.join(map(str, layers))} is of {sum(layers)} layers over "
+            f"{len(layers)} ranks, the model has {count} and the ranks are {ranks}"
+        )
+    try:
+        stage.pipeline(_Place(rank, ranks), *([] if layers is None else [layers]))
+    except (TypeError, ValueError) as error:
+        raise Unusable(f"mlx-lm cannot split {family.name} so: {error}") from error
+    return Split(model, family, config)
+
+
+class _Place(NamedTuple):
+    """As much of a group as `pipeline` asks for."""
+
+    of: int
+    among: int
+
+    def rank(self) -> int:
+        return self.of
+
+    def size(self) -> int:
+        return self.among
