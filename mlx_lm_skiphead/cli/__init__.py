@@ -10,7 +10,7 @@ from .. import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's arguments) names; its exit code."""
-    from . import demo, plan, run
+    from . import bench, demo, doctor, plan, run
 
     parser = argparse.ArgumentParser(
         prog="mlx-lm-skiphead",
@@ -19,8 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     demo.add_command(commands)
+    doctor.add_command(commands)
     run.add_command(commands)
     plan.add_command(commands)
+    bench.add_command(commands)
     arguments = parser.parse_args(argv)
     code: int = arguments.run(arguments)
     return code

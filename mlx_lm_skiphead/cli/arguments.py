@@ -36,3 +36,13 @@ def pipeline_ranks(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"a pipeline needs 2 ranks or more, not {text!r}")
     return int(text)
+
+
+def cores(text: str) -> list[list[int]]:
+    """Cores of each rank, as in ``0;1`` or ``0,1;2,3``."""
+    try:
+        return [[int(core) for core in rank.split(",")] for rank in text.split(";")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"needs cores, as in 0;1 or 0,1;2,3, not {text!r}"
+        ) from None

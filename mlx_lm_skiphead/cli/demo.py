@@ -7,15 +7,11 @@ the table was measured in this run.
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .arguments import pipeline_ranks, positive
-from .ranks import RankFailed, Ranks
+from .ranks import RankFailed, Ranks, interrupted_by_sigterm
 
 ROUNDS = 5
 Result = dict[str, Any]
@@ -56,16 +52,16 @@ def run(arguments: argparse.Namespace) -> int:
     after Ctrl-C."""
     console = Console()
     try:
-        with _terminated_like_interrupted(), tempfile.TemporaryDirectory() as folder:
+        with interrupted_by_sigterm(), tempfile.TemporaryDirectory() as folder:
             model = arguments.model or _build(console, Path(folder))
             task = {
                 "model": model,
                 "prompt": arguments.prompt,
                 "max_tokens": arguments.max_tokens,
-                "rounds": 0,
+                "timing_rounds": 0,
             }
             plain = _start(console, "without the plugin", arguments.ranks, task, plugin=False)
-            task["rounds"] = ROUNDS
+            task["timing_rounds"] = ROUNDS
             skip = _start(console, "with the plugin", arguments.ranks, task, plugin=True)
     except RankFailed as failure:
         console.print(f"[red]The demo could not run:[/] {escape(str(failure))}")
@@ -190,17 +186,3 @@ def _compare(console: Console, plain: list[Result], skip: list[Result]) -> int:
         f"temperature 0.8, on all {len(skip)} ranks, with and without the plugin."
     )
     return 0
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that the ranks are ended."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

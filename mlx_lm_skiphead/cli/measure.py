@@ -13,6 +13,7 @@ import mlx_lm.utils
 import wrapt
 from mlx_lm.sample_utils import make_sampler
 
+from .. import status
 from ..dead_weights import is_pending
 from ..families import BY_NAME, Family
 
@@ -75,6 +76,14 @@ def family_of(model: Any) -> Family:
         if family is not None and not family.same_as:
             return family
     raise ValueError(f"mlx-lm-skiphead does not support {type(model).__module__}")
+
+
+def refused(family: str) -> str:
+    """Why nothing is skipped although the plugin is on, or ""."""
+    now = status()
+    targets = now.families | now.loops
+    said = {name: str(targets[name]) for name in (family, "generate_step")}
+    return "; ".join(f"{name} is {s}" for name, s in said.items() if s != "patched")
 
 
 class HeadCount:

@@ -1,11 +1,13 @@
-"""One rank of a demo: ``python -m mlx_lm_skiphead.cli.rank TASK``, started by `cli.ranks`.
+"""One rank of a demo or a bench: ``python -m mlx_lm_skiphead.cli.rank TASK`` (see `cli.ranks`).
 
 Whether the plugin is on is up to the environment, as for any program that imports it. Prints one
-JSON object a line: ``{"step": ...}`` as it goes, ``{"result": ...}`` last, or ``{"error": ...}``.
+JSON object a line: ``{"step": ...}`` as it goes, ``{"result": ...}`` last, or ``{"error": ...}``,
+and the rank in each.
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import os
@@ -18,21 +20,28 @@ from .. import install, status, uninstall
 
 
 def main() -> None:
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    task = json.loads(base64.b64decode(sys.argv[1]))
+    if task.get("ends_with_input", True):
+        threading.Thread(target=_end_with_input, daemon=True).start()
     try:
-        _say(result=_measure(json.loads(sys.argv[1])))
+        if "rounds" in task:
+            from .bench_rank import measure
+
+            say(result=measure(task, say))
+        else:
+            say(result=_demo(task))
     except (ValueError, OSError) as error:  # a model that is not there or cannot be pipelined
-        _say(error=f"{error}")
+        say(error=f"{error}")
 
 
-def _measure(task: dict[str, Any]) -> dict[str, Any]:
+def _demo(task: dict[str, Any]) -> dict[str, Any]:
     """Load, generate, count; and, where the task has rounds, time both ways in turn."""
     import mlx.core as mx
 
     from . import measure
 
     group = mx.distributed.init(strict=True, backend="ring")
-    _say(step="loading")
+    say(step="loading")
     measure.load(task["model"], group)  # so that the files are in the system's cache, for the next
     model, tokenizer, load_seconds = measure.load(task["model"], group)
     loaded = mx.get_active_memory()
@@ -43,12 +52,12 @@ def _measure(task: dict[str, Any]) -> dict[str, Any]:
     prompt = _encode(tokenizer, task["prompt"])
     tokens = task["max_tokens"]
 
-    _say(step="generating")
+    say(step="generating")
     mx.reset_peak_memory()
     greedy = measure.generate(model, tokenizer, prompt, tokens)
     peak = mx.get_peak_memory()
     seeded = measure.generate(model, tokenizer, prompt, tokens, temperature=0.8)
-    _say(step="counting heads")
+    say(step="counting heads")
     with measure.count_heads(model) as count:
         counted = measure.generate(model, tokenizer, prompt, tokens)
     result = {
@@ -58,7 +67,7 @@ def _measure(task: dict[str, Any]) -> dict[str, Any]:
         "on_disk": on_disk,
         "peak_bytes": peak,
         "head_bytes": sum(array.nbytes for array in head.parameters().values()),
-        "refused": _refused(family.name),
+        "refused": measure.refused(family.name),
         "greedy": greedy.tokens,
         "seeded": seeded.tokens,
         "text": greedy.text,
@@ -66,26 +75,18 @@ def _measure(task: dict[str, Any]) -> dict[str, Any]:
         "heads_per_token": count.evaluated() / (len(counted.tokens) + 1),
     }
     timed: dict[str, list[float]] = {"unpatched": [], "skip": []}
-    for done in range(task["rounds"]):
+    for done in range(task["timing_rounds"]):
         for way, times in timed.items():
             if way == "skip":
                 install()
             else:
                 uninstall()
-            _say(step=f"timing, round {done + 1} of {task['rounds']}")
+            say(step=f"timing, round {done + 1} of {task['timing_rounds']}")
             seconds = measure.generate(model, tokenizer, prompt, tokens).seconds
             between = [b - a for a, b in itertools.pairwise(seconds)]
             if between:  # not so if the first token was a stop token
                 times.append(1000 * statistics.median(between))
     return {**result, "ms_per_token": timed}
-
-
-def _refused(family: str) -> str:
-    """Why nothing is skipped although the plugin is on, or ""."""
-    now = status()
-    targets = now.families | now.loops
-    said = {name: str(targets[name]) for name in (family, "generate_step")}
-    return "; ".join(f"{name} is {s}" for name, s in said.items() if s != "patched")
 
 
 def _encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -95,7 +96,9 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
-def _say(**event: Any) -> None:
+def say(**event: Any) -> None:
+    """Tell the process that started the ranks."""
+    event["rank"] = int(os.environ.get("MLX_RANK", "0"))
     print(json.dumps(event), flush=True)
 
 

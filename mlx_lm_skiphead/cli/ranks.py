@@ -1,14 +1,18 @@
-"""Starts ranks on this machine and hears what they say; leaves no process and no port behind.
+"""Starts ranks and hears what they say; leaves no process and no port behind.
 
 A rank is ``python -m mlx_lm_skiphead.cli.rank``. It gets what the ring backend of MLX reads, the
-variables ``MLX_RANK`` and ``MLX_HOSTFILE``, and says one JSON object a line on its output.
+variables ``MLX_RANK`` and ``MLX_HOSTFILE``, and says one JSON object a line on its output. `Ranks`
+starts them on this machine, `HostRanks` on the machines of a host file, through ``mlx.launch``.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -16,13 +20,16 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import IO, Any
 
 from ..config import VARIABLE
 
 Event = dict[str, Any]
+
+NOT_INHERITED = (VARIABLE, "MLX_RANK", "MLX_HOSTFILE")
 
 
 class RankFailed(RuntimeError):
@@ -51,14 +58,14 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory(prefix="mlx-lm-skiphead-")
         hostfile = Path(self._folder.name, "hosts.json")
         hostfile.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in free_ports(self._count)]))
-        environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+        environment = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
         if self._plugin:
             environment[VARIABLE] = "1"
         try:
             for rank in range(self._count):
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "mlx_lm_skiphead.cli.rank", json.dumps(self._task)],
-                    env={**environment, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)},
+                    rank_command(self._task),
+                    env=environment | self._place(rank, hostfile),
                     # A rank ends when its input does: also if this process is killed.
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -80,6 +87,11 @@ class Ranks:
             self._end()
             raise
         return self
+
+    def _place(self, rank: int, hostfile: Path) -> dict[str, str]:
+        # MLX refuses a ring of one.
+        one = self._count == 1
+        return {} if one else {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
 
     def __exit__(
         self,
@@ -124,6 +136,92 @@ class Ranks:
             process.wait()
         if self._folder is not None:
             self._folder.cleanup()
+
+
+class HostRanks(Ranks):
+    """A set of ranks on the machines of a host file, as ``mlx.launch --hostfile`` starts them.
+
+    This Python and the model must have the same paths on each of them.
+    """
+
+    def __init__(self, hostfile: Path, count: int, task: Mapping[str, Any]) -> None:
+        super().__init__(count, {**task, "ends_with_input": False}, plugin=True)
+        self._hostfile = hostfile
+
+    def __enter__(self) -> HostRanks:
+        beside = Path(sys.executable).with_name("mlx.launch")
+        process = subprocess.Popen(
+            [
+                *([str(beside)] if beside.exists() else ["mlx.launch"]),
+                *("--hostfile", str(self._hostfile), "--backend", "ring"),
+                *("--env", f"{VARIABLE}=1", "--", *rank_command(self._task)),
+            ],
+            env={k: v for k, v in os.environ.items() if k not in NOT_INHERITED},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._processes.append(process)
+        self._errors.append(deque(maxlen=60))
+        assert process.stdin is not None
+        # mlx.launch waits actively while the pipes to its ranks have room. They read nothing.
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write("\n" * 65536)
+            process.stdin.flush()
+        errors = threading.Thread(
+            target=self._errors[0].extend, args=(process.stderr,), daemon=True
+        )
+        errors.start()
+        assert process.stdout is not None
+        threading.Thread(target=self._listen, args=(0, process.stdout, errors), daemon=True).start()
+        return self
+
+    def events(self) -> Iterator[tuple[int, Event]]:
+        """See `Ranks.events`. ``mlx.launch`` ends well whatever its ranks do."""
+        done: set[int] = set()
+        while len(done) < self._count:
+            _, event = self._events.get()
+            if event is None:
+                said = "".join(self._errors[0]).strip() or "it printed nothing"
+                raise RankFailed(f"mlx.launch ended before its ranks were done:\n{said}")
+            if "error" in event:
+                raise RankFailed(f"rank {event['rank']}: {event['error']}")
+            if "result" in event:
+                done.add(event["rank"])
+            yield event["rank"], event
+
+    def _end(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                # As Ctrl-C does: only so does it end its ranks, those on other machines too.
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        super()._end()
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that the ranks are ended."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def rank_command(task: Mapping[str, Any]) -> list[str]:
+    """The command of a rank; its task in letters and digits only, for the shells on the way."""
+    text = base64.b64encode(json.dumps(task).encode()).decode()
+    return [sys.executable, "-m", "mlx_lm_skiphead.cli.rank", text]
 
 
 def free_ports(count: int) -> list[int]:

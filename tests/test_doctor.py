@@ -1,0 +1,358 @@
+"""The doctor, as a user starts it: what it says of versions, families, patches, models, ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import tiny_checkpoint
+
+from mlx_lm_skiphead import __version__
+from mlx_lm_skiphead.cli import doctor, main
+from mlx_lm_skiphead.families import FAMILIES
+from mlx_lm_skiphead.patching import LOOPS
+
+DOCTOR = ["-m", "mlx_lm_skiphead", "doctor"]
+
+
+def python(*arguments: str, folder: Path, value: str | None = None) -> subprocess.CompletedProcess:
+    """Run Python in `folder`, with modules from there and the variable set to `value` or unset."""
+    environment = {k: v for k, v in os.environ.items() if k not in ranks.NOT_INHERITED}
+    environment |= {"PYTHONPATH": str(folder), "COLUMNS": "200", "HF_HOME": str(folder / "hub")}
+    if value is not None:
+        environment["MLX_LM_SKIPHEAD"] = value
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def text(done: subprocess.CompletedProcess) -> str:
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def document(done: subprocess.CompletedProcess) -> dict[str, Any]:
+    report = json.loads(text(done))
+    assert report["exit_code"] == done.returncode
+    return report
+
+
+def first_columns(said: str) -> dict[str, str]:
+    """The second column of all tables, by the first."""
+    return dict(re.findall(r"^│ (\S+) +│ (.*?) +│", said, re.MULTILINE))
+
+
+def test_off(tmp_path: Path) -> None:
+    done = python(*DOCTOR, folder=tmp_path)
+    said = text(done)
+    assert done.returncode == 0 and not done.stderr
+    found = first_columns(said)
+    assert found["mlx-lm-skiphead"] == __version__
+    assert found["mlx-lm"] == metadata.version("mlx-lm")
+    assert re.search(r"│ wrapt +│ \S+ +│ >=2.4,<3 +│ ok │", said)
+    states = {found[family.name] for family in FAMILIES}
+    assert states <= {"supported", "not pipelined", "not in this mlx-lm"}
+    assert all(found[name] == "supported" for name in ("deepseek_v3", "glm4_moe", *LOOPS))
+    assert "MLX_LM_SKIPHEAD is not set: the plugin is off" in said
+    assert "Distributed backends: ring, " in said
+    assert "No problem was found." in said and "Warning" not in said
+
+
+# A package that wraps in the two usual ways, and prints when it is imported.
+WRAPS = """
+import functools
+import importlib
+import wrapt
+from mlx_lm.models import deepseek_v2, glm4_moe
+generate = importlib.import_module("mlx_lm.generate")
+def around(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+    return call
+glm4_moe.Model.__call__ = around(glm4_moe.Model.__call__)
+def traced(wrapped, instance, args, kwargs):
+    return wrapped(*args, **kwargs)
+wrapt.wrap_function_wrapper(deepseek_v2.DeepseekV2Model, "pipeline", traced)
+wrapt.wrap_function_wrapper(generate.GenerationBatch, "_step", traced)
+print("wraps was imported")
+"""
+
+
+def test_wrappers_beneath_are_seen_and_harmless(tmp_path: Path) -> None:
+    (tmp_path / "wraps.py").write_text(WRAPS)
+    tiny_checkpoint.write("ministral3-tied", tmp_path)
+    # The variable is set, so that the plugin was there first.
+    arguments = ["--json", "--import", "wraps", "--model", str(tmp_path)]
+    done = python(*DOCTOR, *arguments, folder=tmp_path, value="hidden")
+    report = document(done)
+    assert done.stderr == "wraps was imported\n"
+    assert done.returncode == 0 and not report["problems"]
+    assert (report["variable"], report["mode"]) == ("hidden", "hidden")
+    assert {target["state"] for target in report["loops"].values()} == {"patched"}
+    assert report["families"]["glm4_moe"] == {"state": "patched", "reason": ""}
+    assert not report["unknown"], (
+        f"mlx-lm {metadata.version('mlx-lm')} pipelines {', '.join(report['unknown'])}, which the "
+        "table lacks: add a line to FAMILIES in mlx_lm_skiphead/families.py"
+    )
+    below = {"by": "wraps", "how": "wraps", "where": "below the plugin"}
+    assert report["patches"] == [
+        {"target": "mlx_lm.generate.GenerationBatch._step", **below},
+        {"target": "mlx_lm.models.deepseek_v2.DeepseekV2Model.pipeline", **below},
+        {"target": "mlx_lm.models.glm4_moe.Model.__call__", **below},
+    ]
+    assert report["warnings"] == ["Other packages have patched the same functions: wraps."]
+    assert report["model"] == {
+        "name": str(tmp_path),
+        "model_type": "ministral3",
+        "family": "ministral3",
+        "head": "tied",
+        "supported": True,
+        "reason": "",
+    }
+
+
+# As an mlx-lm in which glm4_moe has no hidden broadcast. The hook replaces what the plugin has
+# wrapped, where the plugin's hook is there already, or what it is about to wrap.
+REPLACES = """
+import wrapt
+from mlx_lm.models import glm4_moe
+def __call__(self, x, cache=None):
+    return self.norm(self.embed_tokens(x))
+glm4_moe.LanguageModel.__call__ = __call__
+def replace(module):
+    module.DeepseekV32Model.__call__ = __call__
+wrapt.register_post_import_hook(replace, "mlx_lm.models.deepseek_v32")
+"""
+
+
+@pytest.mark.parametrize("value", [None, "1"])
+def test_what_another_package_makes_unusable(value: str | None, tmp_path: Path) -> None:
+    (tmp_path / "replaces.py").write_text(REPLACES)
+    done = python(*DOCTOR, "--import", "replaces", folder=tmp_path, value=value)
+    said = text(done)
+    assert done.returncode == (1 if value else 0) and not done.stderr
+    found = first_columns(said)
+    v32 = "replaced" if value else "refused"
+    unusable = {name: state for name, state in found.items() if state in ("refused", "replaced")}
+    expected = {"glm4_moe": "refused", "solar_open": "refused", "deepseek_v32": v32}
+    assert unusable == {**expected, "glm_moe_dsa": v32}
+    assert "mlx_lm.models.glm4_moe.LanguageModel has 0 calls of all_gather" in said
+    name = "mlx_lm.models.deepseek_v32.DeepseekV32Model.__call__"
+    displaced = f"replaces has put something else in the place of the plugin's {name}"
+    assert (displaced in said) == (value is not None)
+    assert re.search(r"│ replaces +│ replaces +│ mlx_lm.models.deepseek_v32.Deepseek\S+ +│", said)
+    left = f"{'Problem' if value else 'Warning'}: Left to upstream mlx-lm, where all ranks run"
+    assert f"{left} the head: deepseek_v32 ({v32}), glm4_moe (refused), glm_moe_dsa" in said
+    assert "No problem" not in said
+
+
+# Puts families that the plugin does not know into mlx-lm.
+CHANGES = """
+import os
+import mlx_lm.models
+mlx_lm.models.__path__.append(os.path.dirname(__file__) + "/more")
+"""
+FAMILY_OF_THE_FUTURE = """
+import mlx.nn as nn
+from .pipeline import PipelineMixin
+class Inner(PipelineMixin, nn.Module):
+    pass
+class Model(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.model = Inner()
+class ModelArgs:
+    pass
+"""
+
+
+def test_an_old_wrapt_and_a_new_family(tmp_path: Path) -> None:
+    old = tmp_path / "wrapt-2.3.9.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: wrapt\nVersion: 2.3.9\n")
+    (tmp_path / "changes.py").write_text(CHANGES)
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "future.py").write_text(FAMILY_OF_THE_FUTURE)
+    (more / "future_alias.py").write_text("from .future import Model, ModelArgs\n")
+    (more / "future_v3.py").write_text("from .deepseek_v3 import Model, ModelArgs\n")
+    (more / "not_pipelined.py").write_text("from . import qwen2\nclass Model:\n    pass\n")
+    (tmp_path / "config.json").write_text('{"model_type": "future"}')
+    arguments = ["--json", "--import", "changes", "--model", "."]
+    report = document(python(*DOCTOR, *arguments, folder=tmp_path, value="on"))
+    assert report["unknown"] == {
+        "future": "works as upstream",
+        "future_alias": "works as upstream",
+        "future_v3": "treated as deepseek_v3, whose Model it builds on",
+    }
+    assert report["problems"] == [
+        "wrapt 2.3.9: >=2.4,<3 is needed.",
+        "The model . is not supported: mlx-lm pipelines it, but the plugin does not know it: it "
+        "works as upstream.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("version", "needs", "well"),
+    [
+        ("2.4.0", ">=2.4,<3", True),
+        ("2.4", ">=2.4.0,<3", True),
+        ("3.0.0rc1", "<3,>=2.4", False),
+        ("2.10", ">=2.4", True),
+        ("0.32.0.dev20260101+abc", ">=0.31.2", True),
+        ("0.31.1", ">=0.31.2", False),
+        ("1", "", True),
+    ],
+)
+def test_versions(version: str, needs: str, well: bool) -> None:
+    assert doctor._satisfies(version, needs) == well
+
+
+# Several runs in one process: each must leave mlx-lm as it was.
+MODELS = """
+import importlib, json, sys, types
+from mlx_lm_skiphead.cli import main
+for model in sys.argv[1:]:
+    code = main(["doctor", "--json", "--model", model])
+    print(f"exit code {code}")
+    generate = importlib.import_module("mlx_lm.generate")
+    assert type(generate.generate_step) is types.FunctionType
+"""
+
+
+def test_models(tmp_path: Path) -> None:
+    configs = {
+        "kimi": {"model_type": "kimi_k2", "tie_word_embeddings": False},
+        "solar": {"model_type": "solar_open"},
+        "nested": {"model_type": "kimi_k25", "text_config": {"tie_word_embeddings": True}},
+        "llama": {"model_type": "llama"},
+        "vl": {"model_type": "kimi_vl"},
+        "other": {"model_type": "no_such_type"},
+        "file": {"model_type": "qwen2", "model_file": "model.py"},
+        "typeless": {},
+    }
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    repository = tmp_path / "hub" / "hub" / "models--some--repository"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (repository / "snapshots" / ("0" * 40) / "config.json").write_text(json.dumps(configs["kimi"]))
+    names = [*configs, "broken", "empty", "some/repository", "some/other"]
+    done = python("-c", MODELS, *names, folder=tmp_path)
+    assert not done.stderr
+    documents = re.split(r"exit code (\d)\n", text(done))
+    found = {name: json.loads(d) for name, d in zip(names, documents[::2], strict=False)}
+    codes = {name: int(code) for name, code in zip(names, documents[1::2], strict=True)}
+    models = {name: report["model"] for name, report in found.items()}
+    well = ("kimi", "solar", "nested", "some/repository")
+    assert codes == {name: 0 if name in well else 1 for name in names}
+    assert {n: (m["family"], m["head"]) for n, m in models.items() if m["supported"]} == {
+        "kimi": ("deepseek_v3", "own"),
+        "solar": ("solar_open", "unknown"),
+        "nested": ("kimi_k25", "tied"),
+        "some/repository": ("deepseek_v3", "own"),
+    }
+    assert {n: m["reason"] for n, m in models.items() if not m["supported"]} == {
+        "llama": "mlx-lm cannot pipeline it",
+        "vl": "mlx-lm cannot pipeline it",
+        "other": "mlx-lm does not load it: ValueError: Model type no_such_type not supported.",
+        "file": "not covered: it brings a model_file of its own",
+        "typeless": "its config.json cannot be used: KeyError: 'model_type'",
+        "broken": models["broken"]["reason"],
+        "empty": "it has no config.json",
+        "some/other": "no such folder, and not in the hub's cache on this machine",
+    }
+    assert models["broken"]["reason"].startswith("its config.json cannot be used: JSONDecodeError")
+    assert found["llama"]["problems"] == [
+        "The model llama is not supported: mlx-lm cannot pipeline it."
+    ]
+
+
+# The variable is read anew, so that it may be wrong without failing the import of the plugin.
+INVALID = """
+import os, sys
+from mlx_lm_skiphead.cli import main
+os.environ["MLX_LM_SKIPHEAD"] = "enable"
+sys.modules["wrapt"] = None  # as if it were not there
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_an_invalid_variable_and_a_missing_package(tmp_path: Path) -> None:
+    done = python("-c", INVALID, folder=tmp_path)
+    said = text(done)
+    assert done.returncode == 1 and not done.stderr
+    assert "MLX_LM_SKIPHEAD=enable: not understood." in said
+    problems = [line for line in said.splitlines() if line.startswith("Problem: ")]
+    assert len(problems) == 2
+    assert "MLX_LM_SKIPHEAD='enable' is not understood. Accepted values:" in problems[0]
+    assert "wrapt" in problems[1] and "cannot be imported" in problems[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
+        (["--model", "a.py"], "--model a.py is not a folder"),
+        (["--import", "b"], "--import b: ModuleNotFoundError: No module named 'b'"),
+        (["--import", "a"], "--import a: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("1 / 0\n")
+    done = python(*DOCTOR, "--json", *arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert (done.stdout, done.stderr) == ("", f"mlx-lm-skiphead doctor: {said}\n")
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["doctor", "--help"])
+    assert error.value.code == 0
+    assert "example: mlx.launch" in capsys.readouterr().out
+
+
+# As ranks whose environments differ: the variable is read when the plugin is imported.
+RANK = """
+import os, sys
+os.environ |= dict(pair.split("=") for pair in sys.argv[1:] if os.environ["MLX_RANK"] == "1")
+from mlx_lm_skiphead.cli import main
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    environment = {"MLX_LM_SKIPHEAD": "1", "COLUMNS": "120"}
+    # "yes" is another spelling of the same.
+    alike = ranks.launch(script, "MLX_LM_SKIPHEAD=yes", ranks=2, env=environment)
+    assert alike.stdout.count("2 ranks agree.") == alike.stdout.count("versions") == 1
+    assert "No problem was found." in alike.stdout
+
+    environment = {"COLUMNS": "120"}
+    differ = ranks.launch(script, "MLX_LM_SKIPHEAD=1", ranks=2, env=environment, check=False)
+    assert "exited with code 1" in differ.stderr and "Traceback" not in differ.stderr
+    assert differ.stdout.count("versions") == 1 and "ranks agree" not in differ.stdout
+    assert re.search(r"│ mode +│ off +│ on +│", differ.stdout)
+    assert "Problem: The ranks differ in: mode, variable." in differ.stdout
+    assert "mlx.launch --env MLX_LM_SKIPHEAD=1 ..." in differ.stdout
