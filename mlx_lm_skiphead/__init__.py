@@ -43,7 +43,22 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_mode = requested_mode()
+def _imported_by_autowrapt(module: object) -> None:
+    """For an entry point of autowrapt: finding this function has imported the package."""
+
+
+def _is_command_line() -> bool:
+    import sys
+
+    return sys.orig_argv[1:3] == ["-m", __name__] or sys.argv[0].endswith("mlx-lm-skiphead")
+
+
+try:
+    _mode = requested_mode()
+except ValueError:
+    if not _is_command_line():  # which says so in a line
+        raise
+    _mode = "off"
 if _mode != "off":
     from .patching import install
 

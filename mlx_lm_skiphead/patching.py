@@ -90,7 +90,7 @@ class Status(NamedTuple):
     def __str__(self) -> str:
         lines = [f"mlx-lm-skiphead is {self.mode}"]
         for title, targets in (("loops", self.loops), ("families", self.families)):
-            lines += [f"{title}:", *(f"  {name:<24}{target}" for name, target in targets.items())]
+            lines += [f"{title}:", *(f"  {name:<26}{target}" for name, target in targets.items())]
         if self.models:
             lines += ["models:", *(f"  {model}" for model in self.models)]
         return "\n".join(lines)
@@ -189,12 +189,15 @@ def status() -> Status:
 def family_of(model: Any) -> Family | None:
     """The patched family that `model`, as mlx-lm loads it, belongs to; None if there is none.
 
-    None also where another package has since put something in place of what was patched.
+    None also where another package has since put something in place of what was patched, and for
+    a subclass with a ``__call__`` of its own.
     """
     for cls in type(model).__mro__:
         if cls in _patched:
             family, _, handles = _patched[cls]
             return family if all(map(_in_place, handles)) else None
+        if "__call__" in vars(cls):
+            return None
     return None
 
 
@@ -363,7 +366,11 @@ def _wrap(target: Any, path: str, wrapper: Callable[..., Any]) -> _Handle:
 
 def _in_place(handle: _Handle) -> bool:
     current = vars(handle.owner).get(handle.attribute)
-    return current is handle.wrapper or wrapt.is_wrapped_by(current, handle.wrapper)
+    # A wrapper made with functools.wraps has our wrapper as bound to the class below it.
+    return any(
+        layer is handle.wrapper or getattr(layer, "_self_parent", None) is handle.wrapper
+        for layer in wrapt.wrapper_chain(current)
+    )
 
 
 def _undo(handle: _Handle) -> None:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
+import tiny_checkpoint
 
 RUN = [sys.executable, "-m", "mlx_lm_skiphead", "run"]
 
@@ -70,11 +72,52 @@ def test_what_is_not_there(name: str, folder: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_mlx_lm_itself(folder: Path) -> None:
-    plain = run(sys.executable, "-m", "mlx_lm.server", "--help", cwd=folder)
-    ours = run(*RUN, "mlx_lm.server", "--help", cwd=folder)
+@pytest.mark.parametrize("name", ["chat", "benchmark", "generate", "server"])
+def test_mlx_lm_itself(name: str, folder: Path) -> None:
+    plain = run(sys.executable, "-m", f"mlx_lm.{name}", "--help", cwd=folder)
+    ours = run(*RUN, f"mlx_lm.{name}", "--help", cwd=folder)
     assert ours.returncode == plain.returncode == 0
     assert ours.stdout == plain.stdout
+
+
+def test_mlx_lm_generate(folder: Path) -> None:
+    (folder / "model").mkdir()
+    tiny_checkpoint.write("deepseek_v3", folder / "model")
+    command = ["mlx_lm.generate", "--model", str(folder / "model"), "--prompt", "Hello"]
+    command += ["--max-tokens", "5"]
+    plain = run(sys.executable, "-m", *command, cwd=folder)
+    ours = run(*RUN, *command, cwd=folder)
+    assert ours.returncode == plain.returncode == 0
+
+    def text(output: str) -> str:
+        return output.split("==========")[1]
+
+    assert len(text(plain.stdout)) > 5
+    assert text(ours.stdout) == text(plain.stdout)
+
+
+# It does not import the plugin: autowrapt does.
+NOT_CHANGED = """
+import sys
+import mlx.core as mx, mlx_lm.generate, ranks, tiny_models
+model = tiny_models.make("deepseek_v3")
+group = mx.distributed.init()
+if group.size() > 1:
+    model.model.pipeline(group)
+steps = sys.modules["mlx_lm.generate"].generate_step(mx.array([3, 1, 4]), model, max_tokens=6)
+tokens, logprobs = zip(*((token, logprobs[token].item()) for token, logprobs in steps))
+ranks.report([tokens, logprobs[0] != logprobs[0]])
+"""
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_autowrapt(value: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(NOT_CHANGED)
+    variables = {"AUTOWRAPT_BOOTSTRAP": "mlx_lm_skiphead", "MLX_LM_SKIPHEAD": value}
+    (tokens, _), *_ = ranks.alone(tmp_path / "program.py").results
+    told = ranks.launch(tmp_path / "program.py", ranks=2, env=variables).results
+    # A worker's logprobs are NaN where its head is skipped.
+    assert told == [[tokens, False], [tokens, value == "1"]]
 
 
 def test_sigterm(folder: Path) -> None:

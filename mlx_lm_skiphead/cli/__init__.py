@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..config import requested_mode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,5 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_command(commands)
     bench.add_command(commands)
     arguments = parser.parse_args(argv)
+    try:
+        requested_mode()
+    except ValueError as error:
+        if arguments.run is not doctor.run:  # which reports it among the rest
+            print(f"mlx-lm-skiphead: {error}", file=sys.stderr)
+            return 2
     code: int = arguments.run(arguments)
     return code

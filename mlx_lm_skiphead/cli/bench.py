@@ -77,6 +77,13 @@ def add_command(commands: Any) -> None:
         "--hostfile", type=Path, metavar="HOSTS", help="ranks on these machines, see mlx.launch"
     )
     parser.add_argument(
+        "--starting-port",
+        type=positive,
+        default=32323,
+        metavar="P",
+        help="with --hostfile, ports from this one on (32323, as mlx.launch)",
+    )
+    parser.add_argument(
         "--batch", type=positives(int), default=[1], metavar="B,...", help="batch sizes (1)"
     )
     parser.add_argument(
@@ -118,8 +125,6 @@ def run(arguments: argparse.Namespace) -> int:
     (with what had been measured until then)."""
     from .models import Unusable, locate, split
 
-    # Progress and errors are no part of the JSON document.
-    console = Console(stderr=arguments.json)
     try:
         if arguments.plot is not None:
             _check_plot(arguments.plot)
@@ -143,18 +148,23 @@ def run(arguments: argparse.Namespace) -> int:
     ranks = (
         Ranks(count, task, plugin=True)
         if arguments.hostfile is None
-        else HostRanks(arguments.hostfile, count, task)
+        else HostRanks(arguments.hostfile, count, task, arguments.starting_port)
     )
     code, results = 0, [None] * count
+    progress = Console(stderr=True)
+    step = ""
     try:
-        with interrupted_by_sigterm(), ranks, console.status("starting ranks") as line:
+        with interrupted_by_sigterm(), ranks, progress.status("starting ranks") as line:
             for rank, event in ranks.events():
                 if "result" in event:
                     results[rank] = event["result"]
                 elif "measured" in event:
                     _take(cases, rank, event["measured"])
-                elif rank == 0:
-                    line.update(event["step"])
+                elif rank == 0 and event["step"] != step:
+                    step = event["step"]
+                    line.update(step)
+                    if not progress.is_terminal:
+                        progress.print(step, highlight=False)
     except RankFailed as failure:
         print(f"mlx-lm-skiphead bench: {failure}", file=sys.stderr)
         code = 1
@@ -165,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(told))
     else:
-        _report(console, told)
+        _report(Console(), told)
     if any(case["ratio"] for case in told["cases"]) and arguments.plot is not None:
         from .plot import draw
 

@@ -144,9 +144,10 @@ class HostRanks(Ranks):
     This Python and the model must have the same paths on each of them.
     """
 
-    def __init__(self, hostfile: Path, count: int, task: Mapping[str, Any]) -> None:
+    def __init__(self, hostfile: Path, count: int, task: Mapping[str, Any], port: int) -> None:
         super().__init__(count, {**task, "ends_with_input": False}, plugin=True)
         self._hostfile = hostfile
+        self._port = port
 
     def __enter__(self) -> HostRanks:
         beside = Path(sys.executable).with_name("mlx.launch")
@@ -154,6 +155,7 @@ class HostRanks(Ranks):
             [
                 *([str(beside)] if beside.exists() else ["mlx.launch"]),
                 *("--hostfile", str(self._hostfile), "--backend", "ring"),
+                *("--starting-port", str(self._port)),
                 *("--env", f"{VARIABLE}=1", "--", *rank_command(self._task)),
             ],
             env={k: v for k, v in os.environ.items() if k not in NOT_INHERITED},

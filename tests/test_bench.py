@@ -1,0 +1,183 @@
+"""The bench on real ranks: what it prints, that both ways give the same tokens, how it ends."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny_checkpoint
+from test_demo import ranks_of
+
+from mlx_lm_skiphead.cli import main
+from mlx_lm_skiphead.cli.bench import interval
+
+BENCH = [sys.executable, "-m", "mlx_lm_skiphead", "bench"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_checkpoint.write("deepseek_v3", folder)
+    return str(folder)
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*BENCH, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_json_and_plot(count, model, tmp_path):
+    plot = tmp_path / "plot.png"
+    sizes = ["--batch", "1,3", "--prompt", "5,9", "--tokens", "4", "--rounds", "6"]
+    done = bench(model, "-n", str(count), *sizes, "--json", "--plot", str(plot))
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["family"] == "deepseek_v3" and told["ranks"] == count and told["tokens_agree"]
+    assert [(case["batch"], case["prompt"]) for case in told["cases"]] == [
+        *((batch, prompt) for prompt in (5, 9) for batch in (1, 3))
+    ]
+    for case in told["cases"]:
+        times, ratio = case["ms_per_token"], case["ratio"]
+        pairs = zip(times["unpatched"]["values"], times["skip"]["values"], strict=True)
+        assert ratio["values"] == [skip / unpatched for unpatched, skip in pairs]
+        assert len(ratio["values"]) == 6 and case["tokens"] == 4
+        assert ratio["low"] == ratio["interval"]["low"] and ratio["interval"]["confidence"] > 0.95
+        for way in ("unpatched", "skip"):
+            expected = 1000 * case["batch"] / times[way]["median"]
+            assert case["tokens_per_second"][way] == pytest.approx(expected)
+            assert case["first_token_ms"][way]["median"] > 0
+    for memory in told["memory"]:
+        loaded, left = memory["loaded_bytes"], sum(memory["on_disk"].values())
+        assert left == (65536 if count > 1 else 0)
+        assert loaded["unpatched"] == pytest.approx(loaded["skip"] + left, abs=10_000)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_and_hosts(model, tmp_path):
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text(json.dumps([{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2))
+    port = str(ranks.free_ports(2))
+    done = bench(
+        *(model, "--hostfile", str(hostfile), "--starting-port", port),
+        *("--tokens", "4", "--rounds", "2", "--head-passes", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "deepseek_v3, 2 ranks, both ways in turn" in done.stdout
+    assert "over 2 rounds lies with 50 % confidence" in done.stdout
+    assert "Tokens agree: on all ranks, both ways, in every round." in done.stdout
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("hosts", [False, True], ids=["ranks", "hosts"])
+def test_stopped(how, hosts, model, tmp_path):
+    """It says what it has, and leaves no process."""
+    where = ["-n", "2"]
+    if hosts:
+        if how == signal.SIGKILL:
+            pytest.skip("then mlx.launch goes on, which nothing can be done about")
+        hostfile = tmp_path / "hosts.json"
+        hostfile.write_text(json.dumps([{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2))
+        where = ["--hostfile", str(hostfile), "--starting-port", str(ranks.free_ports(2))]
+    process = subprocess.Popen(
+        [*BENCH, model, *where, "--tokens", "8", "--rounds", "100000", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert process.stderr is not None
+    while "round 4 of" not in (line := process.stderr.readline()):
+        assert line, "it has ended"
+    started = descendants(process.pid)
+    process.send_signal(how)
+    output, errors = process.communicate(timeout=60)
+    if how != signal.SIGKILL:
+        assert process.returncode == 130, errors
+        assert "Stopped; all ranks have been ended." in errors
+        assert len(json.loads(output)["cases"][0]["ratio"]["values"]) > 1
+    limit = time.monotonic() + 30
+    while (left := [p for p in started if Path(f"/proc/{p}").exists()]) and (
+        time.monotonic() < limit
+    ):
+        time.sleep(0.1)
+    assert not left
+
+
+def descendants(pid: int) -> list[int]:
+    children = ranks_of(pid)
+    return children + [p for child in children for p in descendants(child)]
+
+
+def test_a_rank_that_fails(model, capfd):
+    """Here for a core that there is not."""
+    assert main(["bench", model, "-n", "2", "--cores", "0;999"]) == 1
+    captured = capfd.readouterr()
+    assert "rank 1" in captured.err and "Nothing was measured." in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere/at/all", "-n", "2"], "there is no folder nowhere/at/all"),
+        (["{llama}", "-n", "2"], "does not support mlx_lm.models.llama"),
+        (["{model}", "-n", "9"], "9 ranks need 9 layers, and this model has 7"),
+        (["{model}", "--hostfile", "{tmp}/none.json"], "none.json is no host file"),
+        (["{model}", "--hostfile", "{tmp}/one.json"], "a list of 2 hosts or more"),
+        (["{model}", "-n", "2", "--cores", "0"], "--cores is for 1 ranks, and there are 2"),
+        (["{model}", "-n", "2", "--plot", "{tmp}/no/plot.png"], "there is no folder"),
+    ],
+)
+def test_what_cannot_be(arguments, said, model, capfd, tmp_path):
+    (tmp_path / "llama").mkdir()
+    llama = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
+    llama |= {"intermediate_size": 64, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(llama))
+    (tmp_path / "llama" / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    (tmp_path / "one.json").write_text('[{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]')
+    names = {"model": model, "llama": str(tmp_path / "llama"), "tmp": str(tmp_path)}
+    assert main(["bench", *(argument.format(**names) for argument in arguments)]) == 2
+    captured = capfd.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["-n", "0"], ["-n", "2", "--hostfile", "x"], ["-n", "2", "--batch", "1,-1"]],
+)
+def test_wrong_arguments(arguments, model, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["bench", model, *arguments])
+    assert error.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_interval():
+    assert interval([]) is None
+    assert interval([3.0]) == (3, 3, 0)
+    assert interval([1, 2, 3, 4, 5, 6]) == (1, 6, 1 - 2 / 64)
+    low, high, confidence = interval([*range(9)])
+    assert (low, high) == (1, 7) and confidence == pytest.approx(0.9609, abs=1e-4)
+
+
+def test_interval_holds_the_median_as_often_as_it_says():
+    draw = random.Random(0)
+    held, said = [], 0.0
+    for _ in range(4000):
+        low, high, said = interval([draw.lognormvariate(0, 1) for _ in range(12)])
+        held.append(low <= 1 <= high)  # 1 is the median of that distribution
+    assert said >= 0.95
+    assert statistics.mean(held) == pytest.approx(said, abs=0.015)
