@@ -308,7 +308,7 @@ def _attempt(name: str, module: ModuleType, patch: Callable[[str, ModuleType], T
 def _patch_family(name: str, module: ModuleType) -> Target:
     import mlx.core as mx
 
-    from . import dead_weights, drift, head
+    from . import agreement, dead_weights, drift, head
 
     family = BY_NAME[name]
     if family.same_as:
@@ -329,6 +329,7 @@ def _patch_family(name: str, module: ModuleType) -> Target:
         _wrap(head_class, "__call__", head.model_call(family)),
     ]
     _wrap(mx, "load", dead_weights.load)
+    _wrap(mx.distributed, "all_sum", agreement.all_sum)
     _wrap(stage_class, "pipeline", dead_weights.pipeline)
     _patched[module.Model] = _Patched(family, head_class, handles)
     return Target("patched")

@@ -1,0 +1,105 @@
+"""Run by test_agreement.py as a rank: loads a model where ranks disagree.
+
+Its arguments are the folder of a checkpoint and how this goes: "each" tries every disagreement in
+turn and reports the errors, anything else is the number of the rank that differs, a "+" and what
+`MLX_LM_SKIPHEAD` is there, a "/" and what it is elsewhere; then it generates.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+rank = int(os.environ["MLX_RANK"])
+folder, how = sys.argv[1:]
+if how != "each":
+    odd, _, values = how.partition("+")
+    os.environ["MLX_LM_SKIPHEAD"] = values.split("/")[rank != int(odd)]
+
+import mlx.core as mx  # noqa: E402
+import ranks  # noqa: E402
+from mlx_lm import stream_generate  # noqa: E402
+from mlx_lm.utils import sharded_load  # noqa: E402
+
+import mlx_lm_skiphead  # noqa: E402
+from mlx_lm_skiphead import agreement  # noqa: E402
+
+group = mx.distributed.init()
+
+
+def load():
+    """The error, if there is one."""
+    try:
+        sharded_load(folder, pipeline_group=group)
+    except mlx_lm_skiphead.SkipheadError as error:
+        return str(error)
+    return None
+
+
+def changed(module, name, value):
+    """Load while something of the plugin is otherwise."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        return load()
+    finally:
+        setattr(module, name, before)
+
+
+def off():
+    mlx_lm_skiphead.uninstall()
+    return load()
+
+
+def hidden():
+    mlx_lm_skiphead.install("hidden")
+    return load()
+
+
+def refused():
+    """As if a family did not fit here."""
+    patching = mlx_lm_skiphead.patching
+    patching._outcomes["mistral4"] = patching.Target("refused", "for a test")
+    try:
+        return load()
+    finally:
+        del patching._outcomes["mistral4"]
+
+
+def other_mlx_lm():
+    version = agreement.metadata.version
+    try:
+        agreement.metadata.version = lambda name: "0.0.1"
+        return load()
+    finally:
+        agreement.metadata.version = version
+
+
+DIFFERENCES = {
+    "nothing": load,
+    "off": off,
+    "hidden": hidden,
+    "plugin": lambda: changed(mlx_lm_skiphead, "__version__", "9.9"),
+    "protocol": lambda: changed(agreement, "PROTOCOL", 99),
+    "mlx-lm": other_mlx_lm,
+    "table": lambda: changed(agreement, "FAMILIES", ()),
+    "refused": refused,
+}
+
+if how == "each":
+    told = {}
+    for name, differ in DIFFERENCES.items():
+        for odd in range(group.size()):
+            mlx_lm_skiphead.install()
+            told[f"{name} {odd}"] = differ() if rank == odd else load()
+    mlx_lm_skiphead.install()
+    for odd in range(group.size()):  # and on for one rank only
+        if rank != odd:
+            mlx_lm_skiphead.uninstall()
+        told[f"on {odd}"] = load()
+        mlx_lm_skiphead.install()
+    ranks.report(told)
+else:
+    model, tokenizer = sharded_load(folder, pipeline_group=group)
+    text = "".join(r.text for r in stream_generate(model, tokenizer, "Hello", max_tokens=5))
+    ranks.report(text)
