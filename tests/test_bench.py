@@ -138,6 +138,7 @@ def test_a_rank_that_fails(model, capfd):
         (["{model}", "--hostfile", "{tmp}/none.json"], "none.json is no host file"),
         (["{model}", "--hostfile", "{tmp}/one.json"], "a list of 2 hosts or more"),
         (["{model}", "-n", "2", "--cores", "0"], "--cores is for 1 ranks, and there are 2"),
+        (["{model}", "-n", "2", "--gpus", "0,1,2"], "--gpus is for 3 ranks, and there are 2"),
         (["{model}", "-n", "2", "--plot", "{tmp}/no/plot.png"], "there is no folder"),
     ],
 )

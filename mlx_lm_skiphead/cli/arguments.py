@@ -46,3 +46,11 @@ def cores(text: str) -> list[list[int]]:
         raise argparse.ArgumentTypeError(
             f"needs cores, as in 0;1 or 0,1;2,3, not {text!r}"
         ) from None
+
+
+def gpus(text: str) -> list[int]:
+    """A CUDA device for each rank, as in ``0,1``; ranks may share one."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"needs numbers of CUDA devices, as in 0,1, not {text!r}")
+    return [int(part) for part in parts]

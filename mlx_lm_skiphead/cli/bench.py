@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from .arguments import cores, positive, positives
+from .arguments import cores, gpus, positive, positives
 from .ranks import HostRanks, RankFailed, Ranks, interrupted_by_sigterm
 
 WAYS = ("unpatched", "skip")
@@ -109,6 +109,12 @@ def add_command(commands: Any) -> None:
         help="cores of this machine for each rank, as in '0;1' or '0,1;2,3' (Linux)",
     )
     parser.add_argument(
+        "--gpus",
+        type=gpus,
+        metavar="G,G,...",
+        help="CUDA device of this machine for each rank, as in 0,1 (all ranks: the first)",
+    )
+    parser.add_argument(
         "--head-passes",
         type=positive,
         default=1,
@@ -129,8 +135,10 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.plot is not None:
             _check_plot(arguments.plot)
         count = arguments.ranks or _count_hosts(arguments.hostfile)
-        if arguments.cores is not None and len(arguments.cores) != count:
-            raise Unusable(f"--cores is for {len(arguments.cores)} ranks, and there are {count}")
+        for name in ("cores", "gpus"):
+            given = getattr(arguments, name)
+            if given is not None and len(given) != count:
+                raise Unusable(f"--{name} is for {len(given)} ranks, and there are {count}")
         folder = locate(arguments.model)
         family = split(folder, 0, count).family.name
     except Unusable as error:
@@ -146,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
         "head_passes": arguments.head_passes,
     }
     ranks = (
-        Ranks(count, task, plugin=True)
+        Ranks(count, task, plugin=True, gpus=arguments.gpus)
         if arguments.hostfile is None
         else HostRanks(arguments.hostfile, count, task, arguments.starting_port)
     )
@@ -208,6 +216,7 @@ def document(
         "rounds": arguments.rounds,
         "head_passes": arguments.head_passes,
         "cores": arguments.cores,
+        "gpus": arguments.gpus,
         "machine": platform.platform(),
         "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lm-skiphead")},
         "tokens_agree": all(len(case.digests) <= 1 for case in cases),

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -43,12 +43,21 @@ class Ranks:
         count: how many.
         task: what `cli.rank` is to do, JSON.
         plugin: whether `MLX_LM_SKIPHEAD` is set for them.
+        gpus: the CUDA device of each, or None.
     """
 
-    def __init__(self, count: int, task: Mapping[str, Any], *, plugin: bool) -> None:
+    def __init__(
+        self,
+        count: int,
+        task: Mapping[str, Any],
+        *,
+        plugin: bool,
+        gpus: Sequence[int] | None = None,
+    ) -> None:
         self._count = count
         self._task = task
         self._plugin = plugin
+        self._gpus = gpus
         self._processes: list[subprocess.Popen[str]] = []
         self._events: queue.SimpleQueue[tuple[int, Event | None]] = queue.SimpleQueue()
         self._errors: list[deque[str]] = []
@@ -89,9 +98,12 @@ class Ranks:
         return self
 
     def _place(self, rank: int, hostfile: Path) -> dict[str, str]:
-        # MLX refuses a ring of one.
-        one = self._count == 1
-        return {} if one else {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
+        place = {}
+        if self._count > 1:  # MLX refuses a ring of one
+            place = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
+        if self._gpus is not None:
+            place["CUDA_VISIBLE_DEVICES"] = str(self._gpus[rank])
+        return place
 
     def __exit__(
         self,
