@@ -8,6 +8,8 @@ once per process and look at whether the plugin is installed.
 from __future__ import annotations
 
 import gc
+import importlib
+import inspect
 import logging
 import sys
 import threading
@@ -48,9 +50,10 @@ class SkipheadError(RuntimeError):
 class Target(NamedTuple):
     """What became of one thing to patch.
 
-    `state` is ``"patched"``, ``"not imported yet"``, ``"refused"``, ``"not pipelined"`` (by the
-    installed mlx-lm, so nothing is to be done) or ``"off"`` (the plugin is not installed).
-    `reason` says why something was refused.
+    `state` is ``"patched"``, ``"not imported yet"``, ``"refused"``, ``"replaced"`` (it was patched,
+    and then another package or a reload has put something else in its place), ``"not pipelined"``
+    (by the installed mlx-lm, so nothing is to be done) or ``"off"`` (the plugin is not installed).
+    Where it is refused or replaced, mlx-lm works as upstream, and `reason` says why.
     """
 
     state: str
@@ -115,9 +118,12 @@ class _Patched(NamedTuple):
 
 _lock = threading.RLock()
 _handles: list[_Handle] = []
+_left_behind: list[_Handle] = []
+"""What could not be taken out again from under another package's wrapper. It does nothing."""
 _outcomes: dict[str, Target] = {}
 _patched: dict[type, _Patched] = {}
 """By the class `Model` of its module."""
+_loop_handles: dict[str, list[_Handle]] = {}
 _hooked: set[str] = set()
 _held: weakref.WeakSet[Any] = weakref.WeakSet()
 _strict = False
@@ -144,21 +150,35 @@ def install(mode: str = "on", strict: bool = False) -> None:
     global _strict
     if mode not in ("on", "hidden"):
         raise ValueError(f"mode={mode!r} is not understood. Accepted: 'on', 'hidden'.")
+    names = (LOOPS_MODULE, LOADING_MODULE, *(family.module for family in FAMILIES))
+    # Not under the lock: a hook that runs in another thread waits for it, inside an import.
+    for name in names:
+        _await_import(name)
     with _lock:
         config.active, _strict = mode, strict  # type: ignore[assignment]
         refused = []
-        for name in (LOOPS_MODULE, LOADING_MODULE, *(family.module for family in FAMILIES)):
+        for name in names:
             module = sys.modules.get(name)
             if module is not None:
                 try:
                     _patch(name, module)
                 except SkipheadError as error:
                     refused.append(str(error))
-            elif name not in _hooked:
-                _hooked.add(name)
-                wrapt.register_post_import_hook(_on_import, name)
         if refused:
             raise SkipheadError("\n".join(refused))
+
+
+def _await_import(name: str) -> None:
+    """Have a hook for when `name` is imported, or its import by another thread finished."""
+    if name not in sys.modules and name not in _hooked:
+        _hooked.add(name)
+        wrapt.register_post_import_hook(_on_import, name)
+    if _is_being_imported(sys.modules.get(name)):
+        importlib.import_module(name)  # waits for the other thread
+
+
+def _is_being_imported(module: ModuleType | None) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def uninstall() -> None:
@@ -264,12 +284,42 @@ def _models() -> tuple[ModelStatus, ...]:
 
 
 def _target(name: str, module: str) -> Target:
-    if name in _outcomes:
-        return _outcomes[name]
-    return Target("off" if config.active == "off" or module in sys.modules else "not imported yet")
+    outcome = _outcomes.get(name)
+    if outcome is None:
+        is_off = config.active == "off" or module in sys.modules
+        return Target("off" if is_off else "not imported yet")
+    if outcome.state == "patched" and (reason := _displaced(name)):
+        return Target("replaced", reason)
+    return outcome
+
+
+def _displaced(name: str) -> str:
+    """What has been put in the place of the patches of a family or a loop, or ""."""
+    if name in LOOPS:
+        handles = _loop_handles[name]
+    elif name in BY_NAME:
+        # An alias has the Model of another family, or one that inherits from it.
+        model = getattr(sys.modules.get(BY_NAME[name].module), "Model", None)
+        patched = next((_patched[c] for c in getattr(model, "__mro__", ()) if c in _patched), None)
+        if patched is None:
+            return f"{BY_NAME[name].module} has been loaded anew; install() patches it again"
+        handles = patched.handles
+    else:
+        return ""
+    for handle in handles:
+        if not _in_place(handle):
+            where = getattr(handle.owner, "__qualname__", getattr(handle.owner, "__name__", ""))
+            current = inspect.getattr_static(handle.owner, handle.attribute, None)
+            by = getattr(current, "__module__", None) or type(current).__module__
+            return (
+                f"{where}.{handle.attribute} has been replaced by something of {by}; install() "
+                "patches that"
+            )
+    return ""
 
 
 def _on_import(module: ModuleType) -> None:
+    """Runs inside the import, when the module's own code has run."""
     with _lock:
         if config.active != "off":
             _patch(module.__name__, module)
@@ -287,9 +337,9 @@ def _patch(name: str, module: ModuleType) -> None:
 
 
 def _attempt(name: str, module: ModuleType, patch: Callable[[str, ModuleType], Target]) -> None:
-    if _outcomes.get(name) == Target("patched"):
+    if _outcomes.get(name) == Target("patched") and not _displaced(name):
         return
-    before = len(_handles)
+    before = [id(handle) for handle in _handles]
     try:
         outcome = patch(name, module)
     except Exception as error:  # an import of the user's must not fail for it
@@ -297,8 +347,9 @@ def _attempt(name: str, module: ModuleType, patch: Callable[[str, ModuleType], T
     _outcomes[name] = outcome
     if outcome.state != "refused":
         return
-    while len(_handles) > before:
-        _undo(_handles.pop())
+    for handle in [handle for handle in _handles if id(handle) not in before]:
+        _handles.remove(handle)
+        _undo(handle)
     message = f"{name} is left to upstream mlx-lm: {outcome.reason}"
     if _strict:
         raise SkipheadError(message)
@@ -316,6 +367,8 @@ def _patch_family(name: str, module: ModuleType) -> Target:
         _patch(base, sys.modules[base])
         reason = drift.alias_drift(family, module, sys.modules[base])
         return Target("refused", reason) if reason else _outcomes[family.same_as]
+    if _is_being_imported(module) and not hasattr(module, "Model"):
+        return Target("refused", "it is being imported; call install() again after that")
     if not drift.is_pipelined(module):
         return Target("not pipelined")
     reason = drift.family_drift(family, module)
@@ -338,11 +391,13 @@ def _patch_family(name: str, module: ModuleType) -> Target:
 def _patch_loop(name: str, module: ModuleType) -> Target:
     from . import drift, loops
 
+    handles = []
     for path in LOOPS[name]:
         reason = drift.loop_drift(path, module)
         if reason:
             return Target("refused", f"{LOOPS_MODULE}.{path}: {reason}")
-        _wrap(module, path, loops.WRAPPERS[path])
+        handles.append(_wrap(module, path, loops.WRAPPERS[path]))
+    _loop_handles[name] = handles
     return Target("patched")
 
 
@@ -357,9 +412,16 @@ def _wrap(target: Any, path: str, wrapper: Callable[..., Any]) -> _Handle:
     """Wrap ``target.path``, once; what a class inherits is wrapped for that class only."""
     *parents, attribute = path.split(".")
     owner = attrgetter(".".join(parents))(target) if parents else target
-    for handle in _handles:
-        if handle.owner is owner and handle.attribute == attribute:
-            return handle
+    for known in (_handles, _left_behind):
+        for handle in known:
+            if handle.owner is owner and handle.attribute == attribute:
+                if not _in_place(handle):
+                    known.remove(handle)
+                    break
+                if known is _left_behind:  # a second layer of ours would not work
+                    known.remove(handle)
+                    _handles.append(handle)
+                return handle
     handle = _Handle(owner, attribute, wrapt.wrap_function_wrapper(owner, attribute, wrapper))
     _handles.append(handle)
     return handle
@@ -378,6 +440,7 @@ def _undo(handle: _Handle) -> None:
     try:
         wrapt.unwrap_object(handle.owner, handle.attribute, handle.wrapper, missing_ok=True)
     except wrapt.WrapperNotOutermostError as error:
+        _left_behind.append(handle)
         log.warning("%s; what is left of mlx-lm-skiphead there does nothing", error)
 
 
@@ -389,4 +452,5 @@ def _settle() -> None:
         _undo(_handles.pop())
     _outcomes.clear()
     _patched.clear()
+    _loop_handles.clear()
     _held.clear()

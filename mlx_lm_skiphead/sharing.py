@@ -41,8 +41,9 @@ class _PerThread(threading.local):
     loading: Any = None
     """The call of `sharded_load` for a pipeline (dead_weights.py), while it lasts."""
 
-    last_share: tuple[mx.array, bool] | None = None
-    """The random key in the last share, and whether this rank has yet to take it over."""
+    last_share: tuple[mx.array, int, bool] | None = None
+    """The last share, where in it rank 0's random key is, and whether this rank has yet to take
+    that over."""
 
 
 this_thread = _PerThread()
@@ -113,11 +114,12 @@ class Run:
             )
         else:
             state: Any = mx.random.state
-            mine = mx.concatenate([tokens.astype(mx.uint32), state[0]], stream=mx.cpu)
+            # Where they have been computed: one wait of the CPU for the GPU, as upstream's.
+            mine = mx.concatenate([tokens.astype(mx.uint32), state[0]])
         self.sent = None
         # On the stream that upstream's sends and receives take too: their order is the protocol.
         everyone = mx.distributed.all_gather(mine)
-        this_thread.last_share = (everyone[size : size + 2], self.is_worker)
+        this_thread.last_share = (everyone, size, self.is_worker)
         return self.valid(everyone[:size])
 
     def valid(self, tokens: mx.array) -> mx.array:
@@ -209,11 +211,11 @@ def take_over_random_key() -> None:
     """On a worker: draw on from where rank 0's sampling has got to. Waits for the last share."""
     if this_thread.last_share is None:
         return
-    key, pending = this_thread.last_share
-    this_thread.last_share = (key, False)
+    share, place, pending = this_thread.last_share
+    this_thread.last_share = (share, place, False)
     if pending:
-        words: Any = key.tolist()
-        mx.random.seed(words[0] << 32 | words[1])
+        numbers: Any = share.tolist()
+        mx.random.seed(numbers[place] << 32 | numbers[place + 1])
 
 
 def finish(stream: Any) -> None:

@@ -109,8 +109,8 @@ def examine(model: str | None = None, modules: Sequence[str] = ()) -> Report:
     - ``variable``: the value of MLX_LM_SKIPHEAD, or null; ``mode``: "off", "on" or "hidden", or
       "invalid".
     - ``families``, ``loops``: by name ``{"state", "reason"}``. The states are those of
-      `patching.Target`, also "not in this mlx-lm" and "replaced" (by another package). What is
-      patched is so in this process, whatever the mode; empty if a package cannot be imported.
+      `patching.Target`, and "not in this mlx-lm". What is patched is so in this process, whatever
+      the mode; empty if a package cannot be imported.
     - ``unknown``: by name of a module that mlx-lm pipelines and the table lacks, what comes of it.
     - ``patches``: other packages' ``{"target", "by", "how", "where"}``: the function, the module
       that patches it, "wraps" or "replaces", and "above the plugin", "below the plugin" or "".
@@ -263,12 +263,8 @@ def _examine_targets(report: Report, modules: Sequence[str]) -> None:
         status = patching.status()
         for name, target in status.families.items():
             state, reason = missing.get(name, target)
-            if state == "patched":
-                state, reason = _displaced(_of_family(name)) or (state, reason)
             report["families"][name] = {"state": state, "reason": reason}
         for name, (state, reason) in status.loops.items():
-            if state == "patched":
-                state, reason = _displaced(_of_loop(name)) or (state, reason)
             report["loops"][name] = {"state": state, "reason": reason}
         report["unknown"] = _unknown()
         report["patches"] = _foreign_patches(report["families"])
@@ -297,36 +293,6 @@ def _import_family(module: str) -> tuple[str, str] | None:
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             return "not in this mlx-lm", ""
         return "refused", f"it cannot be imported: {_line(error)}"
-    return None
-
-
-def _of_family(name: str) -> list[Any]:
-    """The handles that a patched family cannot do without; none if its `Model` is a new one now."""
-    from .. import patching
-
-    model = sys.modules[BY_NAME[name].module].Model
-    return next((patching._patched[c].handles for c in model.__mro__ if c in patching._patched), [])
-
-
-def _of_loop(name: str) -> list[Any]:
-    """The handles of a patched loop."""
-    from .. import patching
-
-    paths = {f"{patching.LOOPS_MODULE}.{path}" for path in patching.LOOPS[name]}
-    return [handle for handle in patching._handles if _name(*handle[:2]) in paths]
-
-
-def _displaced(handles: Sequence[Any]) -> tuple[str, str] | None:
-    """State and reason if another package has put something in the place of ours."""
-    from .. import patching
-
-    if not handles:
-        return "replaced", "the classes that were patched are no longer those of mlx-lm"
-    for handle in handles:
-        if not patching._in_place(handle):
-            by = _written_in(inspect.getattr_static(handle.owner, handle.attribute, None))
-            name = _name(handle.owner, handle.attribute)
-            return "replaced", f"{by} has put something else in the place of the plugin's {name}"
     return None
 
 
