@@ -59,17 +59,27 @@ def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -
     processors = given["logits_processors"] or []
 
     def sample(logprobs: mx.array) -> mx.array:
-        return run.share(None if run.is_worker else sampler(logprobs), logprobs.shape[0])
+        tokens = None if run.is_worker else run.attempt(sampler, logprobs)
+        return run.share(tokens, logprobs.shape[0])
 
     kwargs = {
         **kwargs,
         "sampler": sample,
-        "logits_processors": None
-        if run.is_worker
-        else [on_rank_zero_only(p, "a logits processor") for p in processors],
+        "logits_processors": None if run.is_worker else [_processor(run, p) for p in processors],
         "prompt_progress_callback": outside(given["prompt_progress_callback"]),
     }
-    return _steps(run, wrapped(*args, **kwargs), _stream(wrapped, given))
+    return _steps(run, wrapped(*args, **kwargs), _stream(wrapped, given), in_flight=1)
+
+
+def _processor(run: Run, processor: LogitsProcessor) -> LogitsProcessor:
+    """`processor` as rank 0 runs it."""
+    alone = on_rank_zero_only(processor, "a logits processor")
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        processed = run.attempt(alone, tokens, logits)
+        return logits if processed is None else processed
+
+    return process
 
 
 def speculative_generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -94,7 +104,7 @@ def speculative_generate_step(wrapped: Wrapped, instance: Any, args: Args, kwarg
         "sampler": steered.sample,
         "logits_processors": [steered.processor(p) for p in processors] if processors else None,
     }
-    return _steps(run, wrapped(*args, **kwargs), _stream(wrapped, given))
+    return _steps(run, wrapped(*args, **kwargs), _stream(wrapped, given), in_flight=0)
 
 
 class _Speculation:
@@ -123,7 +133,8 @@ class _Speculation:
             if not self._shared.size:
                 self._shared = None
             return tokens
-        tokens = on_rank_zero_only(self._sampler, "a sampler")(logprobs)
+        attempted = run.attempt(on_rank_zero_only(self._sampler, "a sampler"), logprobs)
+        tokens = mx.zeros((rows,), mx.uint32) if attempted is None else attempted
         self._sampled.append(tokens)
         if sum(t.shape[0] for t in self._sampled) < run.length:
             return tokens
@@ -132,7 +143,7 @@ class _Speculation:
 
     def processor(self, processor: LogitsProcessor) -> LogitsProcessor:
         """`processor`, left out where a worker would give it the pipelined model's logits."""
-        alone = on_rank_zero_only(processor, "a logits processor")
+        alone = _processor(self._run, processor)
 
         def process(tokens: mx.array, logits: mx.array) -> mx.array:
             if not self._checking():
@@ -171,6 +182,8 @@ def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
     if run is None:
         return wrapped(*args, **kwargs)
     run.then_alone = "a sampler or a logits processor"
+    if (before := this_thread.batch_run) is not None:
+        run.shares, run.failure = before.shares, before.failure
     own = batch.samplers, batch.fallback_sampler, batch.logits_processors
     cls = type(batch)
     with patching.running(), run.building():
@@ -178,6 +191,8 @@ def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
             if run.is_worker:
                 batch.samplers, batch.logits_processors = [], []
                 batch.fallback_sampler = lambda logprobs: None
+            else:
+                _guard(batch, run)
             batch.__class__ = _sharing(cls)
             result = wrapped(*args, **kwargs)
         finally:
@@ -185,7 +200,39 @@ def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
             batch.__class__ = cls
             batch.samplers, batch.fallback_sampler, batch.logits_processors = own
         patching.hold(batch)
+    # A batch may be merged into another one: its shares are this thread's.
+    this_thread.batch_run = None
+    try:
+        run.check(in_flight=1)
+    except Exception:
+        patching.release(batch)
+        raise
+    this_thread.batch_run = run
     return result
+
+
+def _guard(batch: Any, run: Run) -> None:
+    """For this step: what the samplers and processors of `batch` raise, all ranks are to raise."""
+    guards: dict[int, Sampler] = {}
+
+    def guarded(sampler: Sampler | None) -> Sampler | None:
+        if sampler is None:
+            return None
+        if id(sampler) not in guards:  # upstream asks whether all are the same one
+
+            def sample(logprobs: mx.array) -> mx.array:
+                tokens = run.attempt(sampler, logprobs)
+                return mx.zeros((logprobs.shape[0],), mx.uint32) if tokens is None else tokens
+
+            guards[id(sampler)] = sample
+        return guards[id(sampler)]
+
+    batch.fallback_sampler = guarded(batch.fallback_sampler)
+    batch.samplers = [guarded(s) for s in batch.samplers] if batch.samplers else batch.samplers
+    batch.logits_processors = [
+        [_processor(run, p) for p in processors] if processors else processors
+        for processors in batch.logits_processors
+    ]
 
 
 _sharing_classes: dict[type, type] = {}
@@ -231,6 +278,8 @@ def batch_filter(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     if not batch.uids:
         patching.release(batch)
         take_over_random_key()
+        if not patching.holds():
+            this_thread.batch_run = None  # what is in flight is not needed
 
 
 def batch_close(wrapped: Wrapped, generator: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -250,8 +299,13 @@ WRAPPERS = {
 """By what they wrap in `mlx_lm.generate`."""
 
 
-def _steps(run: Run, loop: Generator[Any, None, None], stream: Any) -> Generator[Any, None, None]:
-    """`loop`, each step of it built inside `run`, and the last one finished before it ends."""
+def _steps(
+    run: Run, loop: Generator[Any, None, None], stream: Any, in_flight: int
+) -> Generator[Any, None, None]:
+    """`loop`, each step of it built inside `run`, and the last one finished before it ends.
+
+    `in_flight` is how many shares upstream has begun and not waited for when it yields.
+    """
     with patching.running():
         try:
             while True:
@@ -259,11 +313,14 @@ def _steps(run: Run, loop: Generator[Any, None, None], stream: Any) -> Generator
                     step = next(loop, None)
                 if step is None:
                     break
+                run.check(in_flight)
                 yield step
-        except GeneratorExit:
-            # The caller stops here (a stop token, max_tokens), and so do the other ranks.
+        except BaseException as error:
+            # The caller stops here (a stop token, max_tokens), and so do the other ranks; or rank 0
+            # has failed, and they know.
             loop.close()
-            finish(stream)
+            if isinstance(error, GeneratorExit) or run.failed:
+                finish(stream)
             raise
         finish(stream)
 

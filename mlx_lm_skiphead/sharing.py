@@ -12,6 +12,7 @@ is any other rank.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,10 @@ import mlx.core as mx
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+FAILED = [0xFFFFFFFF, 0xFFFFFFFF]
+"""In the place of the random key: rank 0 could not sample, and the ids are not to be used."""
 
 
 class _PerThread(threading.local):
@@ -40,6 +45,9 @@ class _PerThread(threading.local):
 
     loading: Any = None
     """The call of `sharded_load` for a pipeline (dead_weights.py), while it lasts."""
+
+    batch_run: Run | None = None
+    """Of the last step of a batch, while one goes on."""
 
     last_share: tuple[mx.array, int, bool] | None = None
     """The last share, where in it rank 0's random key is, and whether this rank has yet to take
@@ -69,6 +77,12 @@ class Run:
         """The width of its logits."""
         self.then_alone = ""
         """What runs on rank 0 only as soon as the forward pass is built, or ""."""
+        self.failure: Exception | None = None
+        """What a sampler or a logits processor has raised, on rank 0."""
+        self.failed = False
+        """Whether `check` has raised."""
+        self.shares: deque[tuple[mx.array, int]] = deque()
+        """Those that have yet to be looked at, and how many ids they have (`check`)."""
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -89,6 +103,8 @@ class Run:
         Rank 0's key of `mx.random` travels with them, so that random numbers drawn on every
         rank after the loop agree, as they do when every rank samples (`finish`).
 
+        If rank 0 has failed to sample, it shares that; `check` raises it on all ranks.
+
         Args:
             tokens: ids of shape ``(size,)`` on rank 0, ignored on workers.
             size: the same on all ranks.
@@ -107,20 +123,58 @@ class Run:
             # Evaluating a worker's share must force its send, and should wait for nothing else:
             # no work of the GPU, no wait of the GPU.
             mine = mx.depends(mine, self.sent)
-        elif tokens is None or tokens.shape != (size,):
-            raise ValueError(
-                f"The sampler returned {_shape(tokens)} where mlx-lm-skiphead shares one token for "
-                f"each of {size} rows of logprobs: an array of shape ({size},)."
-            )
         else:
-            state: Any = mx.random.state
-            # Where they have been computed: one wait of the CPU for the GPU, as upstream's.
-            mine = mx.concatenate([tokens.astype(mx.uint32), state[0]])
+            if self.failure is None and (tokens is None or tokens.shape != (size,)):
+                self.failure = ValueError(
+                    f"The sampler returned {_shape(tokens)} where mlx-lm-skiphead shares one token "
+                    f"for each of {size} rows of logprobs: an array of shape ({size},)."
+                )
+            if self.failure is None:
+                assert tokens is not None
+                state: Any = mx.random.state
+                # Where they have been computed: one wait of the CPU for the GPU, as upstream's.
+                mine = mx.concatenate([tokens.astype(mx.uint32), state[0]])
+            else:
+                # What the other ranks send in this step must be received all the same.
+                mine = mx.depends(mx.array([0] * size + FAILED, mx.uint32), self.sent)
         self.sent = None
         # On the stream that upstream's sends and receives take too: their order is the protocol.
         everyone = mx.distributed.all_gather(mine)
         this_thread.last_share = (everyone, size, self.is_worker)
+        self.shares.append((everyone, size))
         return self.valid(everyone[:size])
+
+    def attempt(self, function: Callable[..., mx.array], *args: mx.array) -> mx.array | None:
+        """What `function` gives; None, and a `failure`, if it raises or something has before.
+
+        The other ranks must not wait for what never comes: the step is finished, then `check`
+        raises on all of them.
+        """
+        if self.failure is None:
+            try:
+                return function(*args)
+            except Exception as error:
+                self.failure = error
+        return None
+
+    def check(self, in_flight: int) -> None:
+        """Raise what made rank 0 fail, on all ranks, before its ids are given out.
+
+        Args:
+            in_flight: how many of the last shares are not to be waited for.
+        """
+        while len(self.shares) > in_flight:
+            share, size = self.shares.popleft()
+            if self.failure is None and not self.is_worker:
+                continue
+            numbers: Any = share.tolist()
+            if numbers[size : size + 2] == FAILED:
+                self.shares.clear()
+                self.failed = True
+                raise self.failure or RuntimeError(
+                    "A sampler or a logits processor failed on rank 0, where mlx-lm-skiphead runs "
+                    "them; the error is in the output of that rank."
+                )
 
     def valid(self, tokens: mx.array) -> mx.array:
         """`tokens` within the vocabulary.
@@ -215,7 +269,9 @@ def take_over_random_key() -> None:
     this_thread.last_share = (share, place, False)
     if pending:
         numbers: Any = share.tolist()
-        mx.random.seed(numbers[place] << 32 | numbers[place + 1])
+        key = numbers[place : place + 2]
+        if key != FAILED:
+            mx.random.seed(key[0] << 32 | key[1])
 
 
 def finish(stream: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -87,19 +88,93 @@ def callbacks():
     return {"tokens": pipeline.tokens(prompt_progress_callback=callback), "seen": seen}
 
 
-def bad_samplers():
-    """Errors of rank 0's: a shape that cannot be shared, and a model that is called again."""
+class Broken(Exception):
+    pass
+
+
+def failing(at, function=None):
+    """A sampler, or with `function` a logits processor, that raises when it is called again."""
+    calls = itertools.count()
+
+    def fail(*args):
+        if next(calls) == at:
+            raise Broken(f"at call {at}")
+        return args[1] if function else mx.argmax(args[0], axis=-1)
+
+    return fail
+
+
+def failures():
+    """What samplers and processors raise, one after another; after each the ranks go on."""
     pipeline = Pipeline()
+    draft = tiny_models.make("deepseek_v3")
     prompt = mx.array([tiny_models.PROMPTS[0]])
-    sampler = {
-        "shape": lambda logprobs: mx.argmax(logprobs),
-        "model": lambda logprobs: mx.argmax(pipeline.model(prompt)[:, -1], axis=-1),
-    }[sys.argv[2]]
-    ranks.report(None)  # rank 0's error ends the others, as one of upstream's would
+    kinds = {
+        "a sampler": {"sampler": failing(4)},
+        "its first call": {"sampler": failing(0)},
+        "a processor": {"logits_processors": [failing(3, "processor")]},
+        "shape": {"sampler": lambda logprobs: mx.argmax(logprobs)},
+        "model": {"sampler": lambda _: mx.argmax(pipeline.model(prompt)[:, -1], axis=-1)},
+    }
+    if mlx_lm_skiphead.status().mode == "off":
+        del kinds["shape"], kinds["model"]  # which work there
+    told = {}
+    for kind, options in kinds.items():
+        seen = []
+        try:
+            for token, _ in generate.generate_step(
+                mx.array(tiny_models.PROMPTS[1]), pipeline.model, max_tokens=8, **options
+            ):
+                seen.append(token)
+            error = "none"
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        mx.synchronize(generate.generation_stream)
+        told[kind] = {"error": error, "seen": seen, "after": pipeline.tokens()}
+        mx.synchronize(generate.generation_stream)
+
+    seen, calls = [], itertools.count()
+
+    def checked(logprobs):  # one row is the draft's
+        if logprobs.shape[0] > 1 and next(calls) == 2:
+            raise Broken("in speculation")
+        return mx.argmax(logprobs, axis=-1)
+
     try:
-        pipeline.tokens(sampler=sampler)
-    except (ValueError, RuntimeError) as error:
-        return str(error)
+        for token, *_ in generate.speculative_generate_step(
+            mx.array(tiny_models.PROMPTS[1]), pipeline.model, draft, max_tokens=20, sampler=checked
+        ):
+            seen.append(token)
+        error = "none"
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    told["speculation"] = {"error": error, "seen": seen, "after": pipeline.tokens()}
+    mx.synchronize(generate.generation_stream)
+
+    for kind, options in {
+        "batch, sampler": {"samplers": [None, failing(3), None]},
+        "batch, processor": {"logits_processors": [[], [failing(2, "processor")], []]},
+    }.items():
+        batch = generate.BatchGenerator(pipeline.model, max_tokens=8)
+        batch.insert(tiny_models.PROMPTS, **options)
+        seen = []
+        try:
+            while responses := batch.next_generated():
+                seen += [[r.uid, r.token] for r in responses]
+            error = "none"
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        batch.close()
+        mx.synchronize(generate.generation_stream)
+        again = generate.BatchGenerator(pipeline.model, max_tokens=4)
+        again.insert(tiny_models.PROMPTS)
+        after = []
+        while responses := again.next_generated():
+            after += [r.token for r in responses]
+        again.close()
+        mx.synchronize(generate.generation_stream)
+        told[kind] = {"error": error, "seen": seen, "after": after}
+    return told
 
 
 def uninstalled_midway():

@@ -113,6 +113,7 @@ def run(task):
     group = mx.distributed.init()
     rank = group.rank()
     gc.collect()
+    mx.clear_cache()  # a buffer from it may be larger than what it is used for
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     folder = Path(task["folder"])

@@ -48,15 +48,29 @@ def test_a_callback_may_call_the_model():
             assert seen == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("shape", "The sampler returned an array of shape () where mlx-lm-skiphead shares one"),
-        ("model", "a sampler called a pipelined model. With mlx-lm-skiphead, samplers and logits"),
-    ],
-)
-def test_a_sampler_that_cannot_work_is_an_error(kind, message):
-    assert on_ranks("bad_samplers", kind, check=False)[0].startswith(message)
+def test_what_fails_on_rank_zero_fails_on_all_and_they_go_on():
+    """As unpatched: there every rank runs samplers and processors, and raises by itself."""
+    for count in (2, 3):
+        told = on_ranks("failures", count=count)
+        unpatched = on_ranks("failures", count=count, plugin=False)[0]
+        for kind, right in unpatched.items():
+            assert right["error"].startswith("Broken: "), kind
+            assert told[0][kind]["error"] == right["error"], kind
+            for rank in told:
+                # Upstream has one token more in flight, which it drops.
+                seen = rank[kind]["seen"]
+                assert seen[: len(right["seen"])] == right["seen"], kind
+                assert len(seen) - len(right["seen"]) <= 3, kind
+                assert rank[kind]["after"] == right["after"], kind
+        for kind, message in {
+            "shape": "ValueError: The sampler returned an array of shape () where mlx-lm-skiphead",
+            "model": "RuntimeError: a sampler called a pipelined model. With mlx-lm-skiphead,",
+        }.items():
+            assert told[0][kind]["error"].startswith(message)
+        for worker in told[1:]:
+            for kind, outcome in worker.items():
+                assert "failed on rank 0" in outcome["error"], kind
+                assert outcome["seen"] == told[0][kind]["seen"], kind
 
 
 @pytest.mark.parametrize("count", [2, 3])
