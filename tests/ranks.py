@@ -89,7 +89,8 @@ def launch(
         command += ["--starting-port", str(free_ports(ranks))]
         for name, value in rank_environment(env, folder).items():
             command += ["--env", f"{name}={value}"]
-        command += ["--", sys.executable, str(script), *args]
+        # By its path alone: the mlx.launch of mlx 0.31 takes a path to Python for the script.
+        command += ["--python", sys.executable, "--", str(Path(script).resolve()), *args]
 
         run = Run(command, folder, ranks)
         exit_code = run.wait(inherited() | {"TMPDIR": str(folder)}, timeout)

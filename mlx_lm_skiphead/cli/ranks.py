@@ -168,7 +168,8 @@ class HostRanks(Ranks):
                 *([str(beside)] if beside.exists() else ["mlx.launch"]),
                 *("--hostfile", str(self._hostfile), "--backend", "ring"),
                 *("--starting-port", str(self._port)),
-                *("--env", f"{VARIABLE}=1", "--", *rank_command(self._task)),
+                # "env", since mlx before 0.32 takes a path to Python for the script.
+                *("--env", f"{VARIABLE}=1", "--", "env", *rank_command(self._task)),
             ],
             env={k: v for k, v in os.environ.items() if k not in NOT_INHERITED},
             stdin=subprocess.PIPE,
