@@ -9,7 +9,11 @@ exchange what they have in another collective.
 from __future__ import annotations
 
 import json
+import logging
+import os
+import signal
 import sys
+import threading
 import zlib
 from collections.abc import Callable
 from importlib import metadata
@@ -20,6 +24,8 @@ import mlx.core as mx
 
 from . import config, patching
 from .families import FAMILIES
+
+log = logging.getLogger("mlx_lm_skiphead")
 
 PROTOCOL = 1
 """Of `_exchanged`: plugins of another one must not get as far as that."""
@@ -34,7 +40,8 @@ def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
     """The wrapper of `mx.distributed.all_sum`: looks whether all ranks agree, where a model loads.
 
     Raises:
-        SkipheadError: if they do not; the message says in what and what to do.
+        SkipheadError: if they do not; the message says in what and what to do. In a thread that
+            is not the main one it is logged, and SIGTERM ends the process.
     """
     group = _pipeline_group(sys._getframe(1))
     if group is None or group.size() == 1 or config.active == "off":
@@ -42,8 +49,15 @@ def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
     ranks = mx.distributed.init().size()
     mine, *others = args
     total = wrapped(mine * _contribution(ranks), *others, **kwargs)
-    _check_sum(int(total.item()), ranks)
-    _check_settings(_exchanged())
+    try:
+        _check_sum(int(total.item()), ranks)
+        _check_settings(_exchanged())
+    except patching.SkipheadError as error:
+        if threading.current_thread() is not threading.main_thread():
+            # As in mlx_lm.server, where this thread would end, and the ranks wait for ever.
+            log.critical("%s This process ends.", error)
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise
     return mx.array(float(ranks))
 
 

@@ -2,7 +2,8 @@
 
 Its arguments are the folder of a checkpoint and how this goes: "each" tries every disagreement in
 turn and reports the errors, anything else is the number of the rank that differs, a "+" and what
-`MLX_LM_SKIPHEAD` is there, a "/" and what it is elsewhere; then it generates.
+`MLX_LM_SKIPHEAD` is there, a "/" and what it is elsewhere; then it generates, or with "server" and
+a port serves.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import sys
 
 rank = int(os.environ["MLX_RANK"])
-folder, how = sys.argv[1:]
+folder, how, *server = sys.argv[1:]
 if how != "each":
     odd, _, values = how.partition("+")
     os.environ["MLX_LM_SKIPHEAD"] = values.split("/")[rank != int(odd)]
@@ -23,6 +24,12 @@ from mlx_lm.utils import sharded_load  # noqa: E402
 
 import mlx_lm_skiphead  # noqa: E402
 from mlx_lm_skiphead import agreement  # noqa: E402
+
+if server:
+    from mlx_lm_skiphead.cli import main
+
+    options = ["--model", folder, "--pipeline", "--port", server[1]]
+    sys.exit(main(["run", "mlx_lm.server", *options]))
 
 group = mx.distributed.init()
 

@@ -76,6 +76,30 @@ def in_a_thread():
     return told
 
 
+def two_models():
+    """Beside a pipelined model a plain one, which another thread calls while the first decodes."""
+    told, stop = {"plain": set(), "direct": set()}, threading.Event()
+    started = threading.Event()
+
+    def plain():
+        model = tiny_models.make("glm4_moe")
+        prompt = mx.array(tiny_models.PROMPTS[1])
+        while not stop.is_set():
+            steps = generate.generate_step(prompt, model, max_tokens=6)
+            told["plain"].add(tuple(token for token, _ in steps))
+            told["direct"].add(tuple(model(prompt[None])[0, -1, :4].tolist()))
+            started.set()
+
+    thread = threading.Thread(target=plain)
+    thread.start()
+    started.wait(60)
+    pipeline = Pipeline()
+    told["pipelined"] = [pipeline.tokens() for _ in range(20)]
+    stop.set()
+    thread.join()
+    return {name: sorted(answers) for name, answers in told.items()}
+
+
 def callbacks():
     """A callback that calls the model gets what upstream gives."""
     pipeline = Pipeline()
@@ -388,7 +412,7 @@ def main(scenario: str, *_: str) -> None:
     if scenario in LEAVE_A_STEP_IN_FLIGHT:
         mx.synchronize(generate.generation_stream)
     ranks.report(told)
-    if scenario == "in_a_thread":
+    if scenario in ("in_a_thread", "two_models"):
         # mlx aborts now and then where a thread that generated ends before its process, with or
         # without the plugin; the server's never does.
         os._exit(0)

@@ -93,3 +93,14 @@ def test_the_launch_ends(values, count, odd, folder):
     assert done.results == [None] * count
     assert done.seconds < 20
     assert "SkipheadError" in done.stderr and FIX in done.stderr
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_server_ends(odd, folder):
+    """It loads in a thread, whose end would leave the ranks waiting."""
+    port = str(ranks.free_ports(1))
+    done = ranks.launch(
+        SCRIPT, folder, f"{odd}+1/0", "server", port, ranks=2, check=False, timeout=40
+    )
+    assert done.seconds < 20
+    assert f"on in 1 of 2 ranks, rank {odd} among them" in done.stderr and FIX in done.stderr

@@ -40,6 +40,16 @@ def test_generation_in_a_thread():
     assert on_ranks("in_a_thread") == [alone("in_a_thread")] * 2
 
 
+def test_another_model_in_another_thread():
+    """What it answers is right, and does not change: the runs and calls of a thread are its own."""
+    right = alone("two_models")
+    assert len(right["plain"]) == 1
+    for told in on_ranks("two_models"):
+        assert told["pipelined"] == right["pipelined"] and told["plain"] == right["plain"]
+        (numbers,) = told["direct"]
+        assert numbers == pytest.approx(right["direct"][0], abs=1e-3)
+
+
 def test_a_callback_may_call_the_model():
     right = alone("callbacks")
     for told in on_ranks("callbacks"):

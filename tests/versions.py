@@ -1,4 +1,4 @@
-"""``python tests/versions.py [VERSION ...]``: tests on real ranks for each mlx-lm that is supported.
+"""``python tests/versions.py [VERSION ...]``: tests on real ranks for each mlx-lm we support.
 
 Each in an environment of its own, which is kept in MLX_LM_SKIPHEAD_TEST_CACHE, or else in the
 user's cache. Prints a table, and exits with 1 if a test failed.
