@@ -16,7 +16,7 @@ import ranks
 import tiny_checkpoint
 
 from mlx_lm_skiphead import __version__
-from mlx_lm_skiphead.cli import doctor, main
+from mlx_lm_skiphead.cli import examination, main
 from mlx_lm_skiphead.families import FAMILIES
 from mlx_lm_skiphead.patching import LOOPS
 
@@ -215,7 +215,7 @@ def test_an_old_wrapt_and_a_new_family(tmp_path: Path) -> None:
     ],
 )
 def test_versions(version: str, needs: str, well: bool) -> None:
-    assert doctor._satisfies(version, needs) == well
+    assert examination._satisfies(version, needs) == well
 
 
 # Several runs in one process: each must leave mlx-lm as it was.
