@@ -133,7 +133,8 @@ def _rank(model: Any, family: Any, config: dict[str, Any], rank: int, ranks: int
     return Rank(
         rank,
         "head" if rank == 0 else "first stage" if rank == ranks - 1 else "middle",
-        (stage.start_idx, stage.end_idx),
+        # Before 0.32 mlx-lm counts layers that there are not, where they do not divide evenly.
+        (stage.start_idx, min(stage.end_idx, len(stage.layers))),
         size_of(model),
         unused,
         _reads(stage, getattr(stage, family.embedding), _experts_per_token(config)),
