@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -308,12 +308,10 @@ def _displaced(name: str) -> str:
         return ""
     for handle in handles:
         if not _in_place(handle):
-            where = getattr(handle.owner, "__qualname__", getattr(handle.owner, "__name__", ""))
             current = inspect.getattr_static(handle.owner, handle.attribute, None)
             by = getattr(current, "__module__", None) or type(current).__module__
             return (
-                f"{where}.{handle.attribute} has been replaced by something of {by}; install() "
-                "patches that"
+                f"{_where(handle)} has been replaced by something of {by}; install() patches that"
             )
     return ""
 
@@ -430,18 +428,28 @@ def _wrap(target: Any, path: str, wrapper: Callable[..., Any]) -> _Handle:
 def _in_place(handle: _Handle) -> bool:
     current = vars(handle.owner).get(handle.attribute)
     # A wrapper made with functools.wraps has our wrapper as bound to the class below it.
-    return any(
+    return current is handle.wrapper or any(
         layer is handle.wrapper or getattr(layer, "_self_parent", None) is handle.wrapper
         for layer in wrapt.wrapper_chain(current)
     )
 
 
+def _where(handle: _Handle) -> str:
+    owner = handle.owner
+    name = getattr(owner, "__qualname__", getattr(owner, "__name__", ""))
+    return f"{name}.{handle.attribute}"
+
+
 def _undo(handle: _Handle) -> None:
-    try:
+    with suppress(wrapt.WrapperNotOutermostError):
         wrapt.unwrap_object(handle.owner, handle.attribute, handle.wrapper, missing_ok=True)
-    except wrapt.WrapperNotOutermostError as error:
+    if _in_place(handle):
         _left_behind.append(handle)
-        log.warning("%s; what is left of mlx-lm-skiphead there does nothing", error)
+        log.warning(
+            "%s is wrapped by another package in a way that cannot be taken apart; what is left "
+            "of mlx-lm-skiphead there does nothing",
+            _where(handle),
+        )
 
 
 def _settle() -> None:
