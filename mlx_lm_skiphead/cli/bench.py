@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .arguments import cores, gpus, positive, positives
-from .ranks import HostRanks, RankFailed, Ranks, interrupted_by_sigterm
+from .ranks import WAYS, HostRanks, RankFailed, Ranks, interrupted_by_sigterm
 
-WAYS = ("unpatched", "skip")
 QUANTITIES = ("ms_per_token", "first_token_ms")
 
 
@@ -48,14 +47,11 @@ class Case:
         """How many were generated each time, of each of the batch."""
         self.digests: set[str] = set()
 
-    def pairs(self) -> list[tuple[float, float]]:
-        """Of each finished round milliseconds per token, unpatched and with the plugin."""
-        times = self.values["ms_per_token"]
-        return list(zip(times["unpatched"], times["skip"], strict=False))
-
     def ratios(self) -> list[float]:
         """Skip / unpatched, of each finished round."""
-        return [skip / unpatched for unpatched, skip in self.pairs() if unpatched]
+        times = self.values["ms_per_token"]
+        both = zip(times["unpatched"], times["skip"], strict=False)
+        return [skip / unpatched for unpatched, skip in both if unpatched]
 
 
 def add_command(commands: Any) -> None:

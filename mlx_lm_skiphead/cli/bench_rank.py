@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-import wrapt
 
 from .. import install, status, uninstall
 from . import measure as measuring
+from .ranks import WAYS
 
 FEWEST, MOST = 8, 64  # tokens, where none are demanded
-WAYS = ("unpatched", "skip")
 Say = Callable[..., None]
 
 
@@ -78,23 +77,15 @@ def slower_heads(model: Any, group: mx.distributed.Group, passes: int) -> Iterat
     if passes == 1 or group.rank() == 0:
         yield
         return
-    family = measuring.family_of(model)
-    head = family.head_of(family.owner_of(model))
-    head = getattr(head, "__wrapped__", head)
-    method = "as_linear" if hasattr(head, "as_linear") else "__call__"
 
-    def repeated(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        logits = wrapped(*args, **kwargs)
-        if instance is head:
-            for _ in range(passes - 1):
-                logits = mx.depends(wrapped(*args, **kwargs), logits)
+    def repeated(run_head: Callable[[], mx.array]) -> mx.array:
+        logits = run_head()
+        for _ in range(passes - 1):
+            logits = mx.depends(run_head(), logits)
         return logits
 
-    handle = wrapt.wrap_function_wrapper(type(head), method, repeated)
-    try:
+    with measuring.around_head(model, repeated):
         yield
-    finally:
-        wrapt.unwrap_object(type(head), method, handle)
 
 
 def _prompted(

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .arguments import pipeline_ranks, positive
-from .ranks import RankFailed, Ranks, interrupted_by_sigterm
+from .ranks import RankFailed, Ranks, interrupted_by_sigterm, role
 
 ROUNDS = 5
 Result = dict[str, Any]
@@ -126,7 +126,7 @@ def _work(plain: list[Result], skip: list[Result]) -> Table:
         times = after["ms_per_token"].values()
         table.add_row(
             str(rank),
-            _role(rank, len(skip)),
+            role(rank, len(skip)),
             "{}-{}".format(after["layers"][0], after["layers"][1] - 1),
             f"{before['heads_per_token']:.2f} → {after['heads_per_token']:.2f}",
             " → ".join(f"{statistics.median(t):.1f}" if t else "?" for t in times),
@@ -144,7 +144,7 @@ def _memory(plain: list[Result], skip: list[Result]) -> Table:
     for rank, (before, after) in enumerate(zip(plain, skip, strict=True)):
         table.add_row(
             str(rank),
-            _role(rank, len(skip)),
+            role(rank, len(skip)),
             f"{before['loaded_bytes'] / 1e6:.1f}",
             f"{after['loaded_bytes'] / 1e6:.1f}",
             f"{sum(after['on_disk'].values()) / 1e6:.1f}",
@@ -152,10 +152,6 @@ def _memory(plain: list[Result], skip: list[Result]) -> Table:
             f"{before['load_seconds']:.2f} → {after['load_seconds']:.2f}",
         )
     return table
-
-
-def _role(rank: int, ranks: int) -> str:
-    return "head" if rank == 0 else "first stage" if rank == ranks - 1 else "middle"
 
 
 def _spread(values: list[float], digits: int = 1) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -104,21 +104,36 @@ class HeadCount:
 @contextmanager
 def count_heads(model: Any) -> Iterator[HeadCount]:
     """Count the heads of `model` that this rank evaluates inside the ``with`` block."""
+    count = HeadCount()
+
+    def counted(run_head: Callable[[], mx.array]) -> mx.array:
+        logits = run_head()
+        count._logits.append(logits)
+        return logits
+
+    with around_head(model, counted):
+        yield count
+
+
+@contextmanager
+def around_head(model: Any, around: Callable[[Callable[[], mx.array]], mx.array]) -> Iterator[None]:
+    """Inside the ``with`` block `around` is called where the head of `model` is to run.
+
+    It is given a function that runs it, and gives the logits.
+    """
     family = family_of(model)
     head = family.head_of(family.owner_of(model))
     head = getattr(head, "__wrapped__", head)  # where it is on disk
     # An embedding that serves as the head does so through another method.
     method = "as_linear" if hasattr(head, "as_linear") else "__call__"
-    count = HeadCount()
 
-    def counted(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        logits = wrapped(*args, **kwargs)
-        if instance is head:
-            count._logits.append(logits)
-        return logits
+    def called(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        if instance is not head:
+            return wrapped(*args, **kwargs)
+        return around(lambda: wrapped(*args, **kwargs))
 
-    handle = wrapt.wrap_function_wrapper(type(head), method, counted)
+    handle = wrapt.wrap_function_wrapper(type(head), method, called)
     try:
-        yield count
+        yield
     finally:
         wrapt.unwrap_object(type(head), method, handle)

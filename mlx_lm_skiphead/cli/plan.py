@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .arguments import pipeline_ranks, positives
+from .ranks import role
 
 
 class Rank(NamedTuple):
@@ -132,7 +133,7 @@ def _rank(model: Any, family: Any, config: dict[str, Any], rank: int, ranks: int
     unused = {name: size_of(parent[name]) for parent, name in dead(family, owner, stage)}
     return Rank(
         rank,
-        "head" if rank == 0 else "first stage" if rank == ranks - 1 else "middle",
+        role(rank, ranks),
         # Before 0.32 mlx-lm counts layers that there are not, where they do not divide evenly.
         (stage.start_idx, min(stage.end_idx, len(stage.layers))),
         size_of(model),

@@ -17,6 +17,7 @@ import threading
 from typing import Any
 
 from .. import install, status, uninstall
+from .ranks import WAYS
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def _demo(task: dict[str, Any]) -> dict[str, Any]:
         # mlx-lm computes one token more than it gives out.
         "heads_per_token": count.evaluated() / (len(counted.tokens) + 1),
     }
-    timed: dict[str, list[float]] = {"unpatched": [], "skip": []}
+    timed: dict[str, list[float]] = {way: [] for way in WAYS}
     for done in range(task["timing_rounds"]):
         for way, times in timed.items():
             if way == "skip":

@@ -29,6 +29,9 @@ from ..config import VARIABLE
 
 Event = dict[str, Any]
 
+WAYS = ("unpatched", "skip")
+"""How ranks run a model: as mlx-lm alone, and with the plugin."""
+
 NOT_INHERITED = (VARIABLE, "MLX_RANK", "MLX_HOSTFILE")
 
 
@@ -72,30 +75,34 @@ class Ranks:
             environment[VARIABLE] = "1"
         try:
             for rank in range(self._count):
-                process = subprocess.Popen(
-                    rank_command(self._task),
-                    env=environment | self._place(rank, hostfile),
-                    # A rank ends when its input does: also if this process is killed.
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    start_new_session=True,  # Ctrl-C is for this process, which ends its ranks
-                )
-                self._processes.append(process)
-                self._errors.append(deque(maxlen=30))
-                assert process.stdout is not None and process.stderr is not None
-                errors = threading.Thread(
-                    target=self._errors[rank].extend, args=(process.stderr,), daemon=True
-                )
-                errors.start()
-                threading.Thread(
-                    target=self._listen, args=(rank, process.stdout, errors), daemon=True
-                ).start()
+                self._start(rank_command(self._task), environment | self._place(rank, hostfile))
         except BaseException:
             self._end()
             raise
         return self
+
+    def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> IO[str]:
+        """Start one process and hear what it says; its input. A rank ends when that does: also if
+        this process is killed."""
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which ends its ranks
+        )
+        number, said = len(self._processes), deque[str](maxlen=60)
+        self._processes.append(process)
+        self._errors.append(said)
+        assert process.stdin and process.stdout and process.stderr
+        errors = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
+        errors.start()
+        threading.Thread(
+            target=self._listen, args=(number, process.stdout, errors), daemon=True
+        ).start()
+        return process.stdin
 
     def _place(self, rank: int, hostfile: Path) -> dict[str, str]:
         place = {}
@@ -163,34 +170,20 @@ class HostRanks(Ranks):
 
     def __enter__(self) -> HostRanks:
         beside = Path(sys.executable).with_name("mlx.launch")
-        process = subprocess.Popen(
-            [
-                *([str(beside)] if beside.exists() else ["mlx.launch"]),
-                *("--hostfile", str(self._hostfile), "--backend", "ring"),
-                *("--starting-port", str(self._port)),
-                # "env", since mlx before 0.32 takes a path to Python for the script.
-                *("--env", f"{VARIABLE}=1", "--", "env", *rank_command(self._task)),
-            ],
-            env={k: v for k, v in os.environ.items() if k not in NOT_INHERITED},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+        command = [
+            *([str(beside)] if beside.exists() else ["mlx.launch"]),
+            *("--hostfile", str(self._hostfile), "--backend", "ring"),
+            *("--starting-port", str(self._port)),
+            # "env", since mlx before 0.32 takes a path to Python for the script.
+            *("--env", f"{VARIABLE}=1", "--", "env", *rank_command(self._task)),
+        ]
+        to_ranks = self._start(
+            command, {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
         )
-        self._processes.append(process)
-        self._errors.append(deque(maxlen=60))
-        assert process.stdin is not None
         # mlx.launch waits actively while the pipes to its ranks have room. They read nothing.
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write("\n" * 65536)
-            process.stdin.flush()
-        errors = threading.Thread(
-            target=self._errors[0].extend, args=(process.stderr,), daemon=True
-        )
-        errors.start()
-        assert process.stdout is not None
-        threading.Thread(target=self._listen, args=(0, process.stdout, errors), daemon=True).start()
+            to_ranks.write("\n" * 65536)
+            to_ranks.flush()
         return self
 
     def events(self) -> Iterator[tuple[int, Event]]:
@@ -217,6 +210,11 @@ class HostRanks(Ranks):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         super()._end()
+
+
+def role(rank: int, ranks: int) -> str:
+    """What one of `ranks` ranks of a pipeline is there for."""
+    return "head" if rank == 0 else "first stage" if rank == ranks - 1 else "middle"
 
 
 @contextmanager
