@@ -17,7 +17,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -241,14 +240,15 @@ def _check_nothing_is_missed(owner: Any, loading: _Loading) -> None:
             raise next(iter(loading.unreadable.values()))
 
 
-@contextmanager
-def embedding_for_shape() -> Iterator[None]:
-    """A forward pass: what an embedding that stays on disk gives is never evaluated."""
-    before, this_thread.embeds_for_shape = this_thread.embeds_for_shape, True
+def forward_pass(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call `wrapped`, in which what an embedding that stays on disk gives is never evaluated."""
+    if this_thread.embeds_for_shape:
+        return wrapped(*args, **kwargs)
+    this_thread.embeds_for_shape = True
     try:
-        yield
+        return wrapped(*args, **kwargs)
     finally:
-        this_thread.embeds_for_shape = before
+        this_thread.embeds_for_shape = False
 
 
 def sharded_load(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:

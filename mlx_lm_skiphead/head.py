@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import config
-from .dead_weights import embedding_for_shape
+from .dead_weights import forward_pass
 from .families import Family
 from .patching import LOOPS_MODULE
 from .sharing import Run, this_thread
@@ -73,20 +73,23 @@ def model_call(family: Family) -> Wrapper:
         elif config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm():
             forward = _Forward(stage, run=None, skip_head=True)
         else:
-            with embedding_for_shape():
-                return wrapped(*args, **kwargs)
+            return forward_pass(wrapped, args, kwargs)
 
         before, this_thread.forward = this_thread.forward, forward
         try:
-            with embedding_for_shape():
-                logits = wrapped(*args, **kwargs)
+            logits = forward_pass(wrapped, args, kwargs)
         except _BeforeHead as reached:
             if reached.forward is not forward:
                 raise
             hidden = reached.hidden
             if run is None:
                 return hidden
-            logits = _placeholder(hidden, vocabulary=family.head_of(owner).weight.shape[0])
+            made = run.placeholder
+            if made is None or made.shape[:2] != hidden.shape[:2] or made.dtype != hidden.dtype:
+                made = _placeholder(hidden, vocabulary=family.head_of(owner).weight.shape[0])
+                if run.owner is owner:
+                    run.placeholder = made
+            logits = made
             if run.owner is None and forward.sent is not None:
                 # A loop of the user's may look at the logits, and must not hang the others then.
                 logits = mx.depends(logits, forward.sent)
@@ -112,8 +115,7 @@ def stage_call(
     wrapped: Callable[..., Any], stage: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The wrapper of the pipelined model's ``__call__``, behind which the head would follow."""
-    with embedding_for_shape():
-        hidden = wrapped(*args, **kwargs)
+    hidden = forward_pass(wrapped, args, kwargs)
     forward = this_thread.forward
     if forward is not None and forward.stage is stage and forward.skip_head:
         raise _BeforeHead(forward, hidden)
@@ -134,6 +136,28 @@ def all_gather(
         return wrapped(*args, **kwargs)
     forward.sent, forward.length = args[0], args[0].shape[1]
     return args[0]
+
+
+def logsumexp(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The wrapper of `mx.logsumexp`, by which mlx-lm's loops make logprobs ``(..., V)``.
+
+    Of a worker's placeholder it is NaN, ``(..., 1)``, without a pass over the vocabulary. The
+    difference of the two then is one number in memory too. All other calls are upstream's.
+    """
+    run = this_thread.run
+    if (
+        run is None
+        or not run.is_worker
+        or run.sent is None  # shared already, or what comes is a draft model's
+        or run.owner is None  # a loop of the user's
+        or len(args) != 1
+        or not kwargs.get("keepdims")
+        or args[0].shape[-1] != run.vocabulary
+    ):
+        return wrapped(*args, **kwargs)
+    return args[0][..., :1]
 
 
 def _in_loop_of_mlx_lm() -> bool:

@@ -178,31 +178,28 @@ def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
     """
     if config.active == "off" and not patching.holds():
         return wrapped(*args, **kwargs)
-    run = run_of(batch.model)
+    run = _batch_run(batch.model)
     if run is None:
         return wrapped(*args, **kwargs)
-    run.then_alone = "a sampler or a logits processor"
-    if (before := this_thread.batch_run) is not None:
-        run.shares, run.failure = before.shares, before.failure
     own = batch.samplers, batch.fallback_sampler, batch.logits_processors
     cls = type(batch)
-    with patching.running(), run.building():
-        try:
-            if run.is_worker:
-                batch.samplers, batch.logits_processors = [], []
-                batch.fallback_sampler = lambda logprobs: None
-            else:
-                _guard(batch, run)
-            batch.__class__ = _sharing(cls)
-            result = wrapped(*args, **kwargs)
-        finally:
-            this_thread.alone = ""
-            batch.__class__ = cls
-            batch.samplers, batch.fallback_sampler, batch.logits_processors = own
-        patching.hold(batch)
-    # A batch may be merged into another one: its shares are this thread's.
+    patching.hold(batch)
+    # A batch may be merged into another one: its shares are this thread's. Not after an error.
     this_thread.batch_run = None
     try:
+        with run:
+            if run.is_worker:
+                batch.samplers, batch.logits_processors = [], []
+                batch.fallback_sampler = _none
+            else:
+                _guard(batch, run)
+            batch.__class__ = _sharing_classes.get(cls) or _sharing(cls)
+            try:
+                result = wrapped(*args, **kwargs)
+            finally:
+                this_thread.alone = ""
+                batch.__class__ = cls
+                batch.samplers, batch.fallback_sampler, batch.logits_processors = own
         run.check(in_flight=1)
     except Exception:
         patching.release(batch)
@@ -211,28 +208,45 @@ def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
     return result
 
 
+def _batch_run(model: Any) -> Run | None:
+    """As `run_of`; the run of the batch's last step, where it can go on."""
+    before = this_thread.batch_run
+    if before is not None and before.model is model:
+        return before if patching.family_of(model) is not None else None
+    run = run_of(model)
+    if run is not None:
+        run.model = model
+        run.then_alone = "a sampler or a logits processor"
+        if before is not None:
+            run.shares, run.failure = before.shares, before.failure
+    return run
+
+
+def _none(logprobs: mx.array) -> None:
+    """A worker's sampler."""
+
+
 def _guard(batch: Any, run: Run) -> None:
     """For this step: what the samplers and processors of `batch` raise, all ranks are to raise."""
-    guards: dict[int, Sampler] = {}
+    # By id: upstream asks whether all are the same one.
+    samplers = {id(s): s for s in (*(batch.samplers or ()), batch.fallback_sampler)}
+    guards = {id(s): None if s is None else _guarded(run, s) for s in samplers.values()}
+    if batch.samplers:
+        batch.samplers = [guards[id(s)] for s in batch.samplers]
+    batch.fallback_sampler = guards[id(batch.fallback_sampler)]
+    if any(batch.logits_processors):
+        batch.logits_processors = [
+            [_processor(run, p) for p in processors] if processors else processors
+            for processors in batch.logits_processors
+        ]
 
-    def guarded(sampler: Sampler | None) -> Sampler | None:
-        if sampler is None:
-            return None
-        if id(sampler) not in guards:  # upstream asks whether all are the same one
 
-            def sample(logprobs: mx.array) -> mx.array:
-                tokens = run.attempt(sampler, logprobs)
-                return mx.zeros((logprobs.shape[0],), mx.uint32) if tokens is None else tokens
+def _guarded(run: Run, sampler: Sampler) -> Sampler:
+    def sample(logprobs: mx.array) -> mx.array:
+        tokens = run.attempt(sampler, logprobs)
+        return mx.zeros((logprobs.shape[0],), mx.uint32) if tokens is None else tokens
 
-            guards[id(sampler)] = sample
-        return guards[id(sampler)]
-
-    batch.fallback_sampler = guarded(batch.fallback_sampler)
-    batch.samplers = [guarded(s) for s in batch.samplers] if batch.samplers else batch.samplers
-    batch.logits_processors = [
-        [_processor(run, p) for p in processors] if processors else processors
-        for processors in batch.logits_processors
-    ]
+    return sample
 
 
 _sharing_classes: dict[type, type] = {}
@@ -244,16 +258,18 @@ def _sharing(cls: type) -> type:
     The assignment is where upstream has sampled, in whichever way, and has not yet begun to
     compute the step: sharing after that would lose the overlap of building and computing.
     """
-    if cls not in _sharing_classes:
 
-        def setattribute(self: Any, name: str, value: Any) -> None:
-            if name == "_next_tokens" and this_thread.run is not None:
-                this_thread.alone = ""
-                value = this_thread.run.share(value, len(self.uids))
-            object.__setattr__(self, name, value)
+    def next_tokens(self: Any) -> Any:
+        return vars(self)["_next_tokens"]
 
-        _sharing_classes[cls] = type(cls.__name__, (cls,), {"__setattr__": setattribute})
-    return _sharing_classes[cls]
+    def share(self: Any, tokens: Any) -> None:
+        if this_thread.run is not None:
+            this_thread.alone = ""
+            tokens = this_thread.run.share(tokens, len(self.uids))
+        vars(self)["_next_tokens"] = tokens
+
+    sharing = type(cls.__name__, (cls,), {"_next_tokens": property(next_tokens, share)})
+    return _sharing_classes.setdefault(cls, sharing)
 
 
 def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -262,10 +278,12 @@ def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     Nothing is sampled and so nothing shared. Upstream builds a head for each chunk and never
     evaluates it; here workers do not build it, or it would be read from disk.
     """
-    run = None if config.active == "off" and not patching.holds() else run_of(batch.model)
+    if not batch.uids or (config.active == "off" and not patching.holds()):
+        return wrapped(*args, **kwargs)  # between prompts upstream calls it for each step
+    run = run_of(batch.model)
     if run is None:
         return wrapped(*args, **kwargs)
-    with patching.running(), run.building():
+    with patching.running(), run:
         return wrapped(*args, **kwargs)
 
 
@@ -309,7 +327,7 @@ def _steps(
     with patching.running():
         try:
             while True:
-                with run.building():
+                with run:
                     step = next(loop, None)
                 if step is None:
                     break

@@ -257,9 +257,10 @@ def running() -> Iterator[None]:
 
 
 def hold(batch: Any) -> None:
-    """As `running`, for a batch that has begun with the plugin: until it is empty or released."""
-    with _lock:
-        _held.add(batch)
+    """As `running`, for a batch that begins with the plugin: until it is empty or released."""
+    if batch not in _held:
+        with _lock:
+            _held.add(batch)
 
 
 def holds() -> bool:
@@ -379,6 +380,7 @@ def _patch_family(name: str, module: ModuleType) -> Target:
         _wrap(stage_class, "__call__", head.stage_call),
         _wrap(head_class, "__call__", head.model_call(family)),
     ]
+    _wrap(mx, "logsumexp", head.logsumexp)
     _wrap(mx, "load", dead_weights.load)
     _wrap(mx.distributed, "all_sum", agreement.all_sum)
     _wrap(stage_class, "pipeline", dead_weights.pipeline)

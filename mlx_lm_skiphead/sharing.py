@@ -58,7 +58,7 @@ this_thread = _PerThread()
 
 
 class Run:
-    """A loop over a pipelined model, on one rank.
+    """A loop over a pipelined model, on one rank. Its steps are built in its ``with`` block.
 
     Args:
         owner: the head owner within the model (`Family.owner_of`), or None for any model.
@@ -68,6 +68,9 @@ class Run:
     def __init__(self, owner: Any, is_worker: bool) -> None:
         self.owner = owner
         self.is_worker = is_worker
+        self._before: Run | None = None
+        self._nothing: mx.array | None = None
+        """What a worker adds to a share: zeros, made once."""
         self.sent: mx.array | None = None
         """What the last forward pass left out of the hidden broadcast: on a worker its send. None
         once it has been shared."""
@@ -75,6 +78,10 @@ class Run:
         """How many positions that forward pass had."""
         self.vocabulary = 0
         """The width of its logits."""
+        self.placeholder: mx.array | None = None
+        """A worker's logits, which are the same in each step."""
+        self.model: Any = None
+        """The whole model, where the run is of a batch."""
         self.then_alone = ""
         """What runs on rank 0 only as soon as the forward pass is built, or ""."""
         self.failure: Exception | None = None
@@ -84,18 +91,15 @@ class Run:
         self.shares: deque[tuple[mx.array, int]] = deque()
         """Those that have yet to be looked at, and how many ids they have (`check`)."""
 
-    @contextmanager
-    def building(self) -> Iterator[None]:
-        """Where calls of this run's model, in this thread, are steps of the loop."""
-        before, this_thread.run = this_thread.run, self
-        try:
-            yield
-        except Exception:
+    def __enter__(self) -> None:
+        """From here on calls of this run's model, in this thread, are steps of the loop."""
+        self._before, this_thread.run = this_thread.run, self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        this_thread.run, self._before = self._before, None
+        if kind is not None and issubclass(kind, Exception):
             # What is in flight may never arrive: nobody is to wait for it (`finish`).
             this_thread.last_share = None
-            raise
-        finally:
-            this_thread.run = before
 
     def share(self, tokens: mx.array | None, size: int) -> mx.array:
         """Give every rank the tokens that rank 0 sampled: the token share.
@@ -119,10 +123,12 @@ class Run:
                 "import that package first."
             )
         if self.is_worker:
-            mine = mx.zeros((size + 2,), mx.uint32, stream=mx.cpu)
+            nothing = self._nothing
+            if nothing is None or nothing.size != size + 2:
+                nothing = self._nothing = mx.zeros((size + 2,), mx.uint32, stream=mx.cpu)
             # Evaluating a worker's share must force its send, and should wait for nothing else:
             # no work of the GPU, no wait of the GPU.
-            mine = mx.depends(mine, self.sent)
+            mine = mx.depends(nothing, self.sent)
         else:
             if self.failure is None and (tokens is None or tokens.shape != (size,)):
                 self.failure = ValueError(
@@ -207,7 +213,7 @@ def rank_zero_head() -> Iterator[None]:
         yield
         return
     run = Run(None, mx.distributed.init().rank() != 0)
-    with run.building():
+    with run:
         yield
     this_thread.unshared = run if run.sent is not None else None
 
