@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .arguments import cores, gpus, positive, positives
-from .ranks import WAYS, HostRanks, RankFailed, Ranks, interrupted_by_sigterm
+from .ranks import WAYS, HostRanks, RankFailed, Ranks, interrupted_by_sigterm, rank_command
 
 QUANTITIES = ("ms_per_token", "first_token_ms")
 
@@ -117,6 +117,13 @@ def add_command(commands: Any) -> None:
         metavar="K",
         help="workers compute each head K times, which stands for machines slower at it (1)",
     )
+    parser.add_argument(
+        "--link-delay",
+        type=positive,
+        default=0,
+        metavar="MS",
+        help="with -n, what ranks send each other takes so much longer, as on slow links (0)",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="one JSON document, and nothing else")
     parser.set_defaults(run=run)
@@ -131,6 +138,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.plot is not None:
             _check_plot(arguments.plot)
         count = arguments.ranks or _count_hosts(arguments.hostfile)
+        if arguments.hostfile is not None and arguments.link_delay:
+            raise Unusable("--link-delay is for ranks of this machine, not for --hostfile")
         for name in ("cores", "gpus"):
             given = getattr(arguments, name)
             if given is not None and len(given) != count:
@@ -150,7 +159,13 @@ def run(arguments: argparse.Namespace) -> int:
         "head_passes": arguments.head_passes,
     }
     ranks = (
-        Ranks(count, task, plugin=True, gpus=arguments.gpus)
+        Ranks(
+            count,
+            rank_command(task),
+            plugin=True,
+            gpus=arguments.gpus,
+            link_delay=arguments.link_delay,
+        )
         if arguments.hostfile is None
         else HostRanks(arguments.hostfile, count, task, arguments.starting_port)
     )
@@ -213,6 +228,7 @@ def document(
         "head_passes": arguments.head_passes,
         "cores": arguments.cores,
         "gpus": arguments.gpus,
+        "link_delay_ms": arguments.link_delay,
         "machine": platform.platform(),
         "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lm-skiphead")},
         "tokens_agree": all(len(case.digests) <= 1 for case in cases),

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .arguments import pipeline_ranks, positive
-from .ranks import RankFailed, Ranks, interrupted_by_sigterm, role
+from .ranks import RankFailed, Ranks, interrupted_by_sigterm, rank_command, role
 
 ROUNDS = 5
 Result = dict[str, Any]
@@ -90,7 +90,7 @@ def _start(
     step = ""
     with (
         console.status(f"{count} ranks {title}: starting") as line,
-        Ranks(count, task, plugin=plugin) as ranks,
+        Ranks(count, rank_command(task), plugin=plugin) as ranks,
     ):
         for rank, event in ranks.events():
             if "result" in event:

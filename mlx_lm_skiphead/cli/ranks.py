@@ -1,8 +1,9 @@
 """Starts ranks and hears what they say; leaves no process and no port behind.
 
-A rank is ``python -m mlx_lm_skiphead.cli.rank``. It gets what the ring backend of MLX reads, the
-variables ``MLX_RANK`` and ``MLX_HOSTFILE``, and says one JSON object a line on its output. `Ranks`
-starts them on this machine, `HostRanks` on the machines of a host file, through ``mlx.launch``.
+A rank is ``python -m mlx_lm_skiphead.cli.rank``, which says one JSON object a line on its output,
+or another program. It gets what the ring backend of MLX reads, the variables ``MLX_RANK`` and
+``MLX_HOSTFILE``. `Ranks` starts them on this machine, `HostRanks` on the machines of a host file,
+through ``mlx.launch``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from types import FrameType, TracebackType
 from typing import IO, Any
 
 from ..config import VARIABLE
+from .links import SlowLinks
 
 Event = dict[str, Any]
 
@@ -44,42 +46,56 @@ class Ranks:
 
     Args:
         count: how many.
-        task: what `cli.rank` is to do, JSON.
+        command: what each of them is: `rank_command`, or another program that uses the ring.
         plugin: whether `MLX_LM_SKIPHEAD` is set for them.
         gpus: the CUDA device of each, or None.
+        link_delay: milliseconds that whatever one rank sends to another takes longer.
     """
 
     def __init__(
         self,
         count: int,
-        task: Mapping[str, Any],
+        command: Sequence[str],
         *,
         plugin: bool,
         gpus: Sequence[int] | None = None,
+        link_delay: float = 0.0,
     ) -> None:
         self._count = count
-        self._task = task
+        self._command = command
         self._plugin = plugin
         self._gpus = gpus
+        self._link_delay = link_delay
         self._processes: list[subprocess.Popen[str]] = []
         self._events: queue.SimpleQueue[tuple[int, Event | None]] = queue.SimpleQueue()
         self._errors: list[deque[str]] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Ranks:
-        self._folder = tempfile.TemporaryDirectory(prefix="mlx-lm-skiphead-")
-        hostfile = Path(self._folder.name, "hosts.json")
-        hostfile.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in free_ports(self._count)]))
+        folder = tempfile.TemporaryDirectory(prefix="mlx-lm-skiphead-")
+        hostfiles = self._write_hosts(Path(self._open.enter_context(folder)))
         environment = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
         if self._plugin:
             environment[VARIABLE] = "1"
         try:
-            for rank in range(self._count):
-                self._start(rank_command(self._task), environment | self._place(rank, hostfile))
+            for rank, hostfile in enumerate(hostfiles):
+                self._start(self._command, environment | self._place(rank, hostfile))
         except BaseException:
             self._end()
             raise
         return self
+
+    def _write_hosts(self, folder: Path) -> list[Path]:
+        """A host file for each rank."""
+        ports = free_ports(self._count)
+        seen = [ports] * self._count
+        if self._link_delay and self._count > 1:
+            links = self._open.enter_context(SlowLinks(ports, self._link_delay))
+            seen = [links.seen_by(rank) for rank in range(self._count)]
+        files = [folder / f"hosts-{rank}.json" for rank in range(self._count)]
+        for file, known in zip(files, seen, strict=True):
+            file.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in known]))
+        return files
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> IO[str]:
         """Start one process and hear what it says; its input. A rank ends when that does: also if
@@ -153,8 +169,7 @@ class Ranks:
                 process.kill()
         for process in self._processes:
             process.wait()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._open.close()
 
 
 class HostRanks(Ranks):
@@ -164,7 +179,7 @@ class HostRanks(Ranks):
     """
 
     def __init__(self, hostfile: Path, count: int, task: Mapping[str, Any], port: int) -> None:
-        super().__init__(count, {**task, "ends_with_input": False}, plugin=True)
+        super().__init__(count, rank_command({**task, "ends_with_input": False}), plugin=True)
         self._hostfile = hostfile
         self._port = port
 
@@ -175,7 +190,7 @@ class HostRanks(Ranks):
             *("--hostfile", str(self._hostfile), "--backend", "ring"),
             *("--starting-port", str(self._port)),
             # "env", since mlx before 0.32 takes a path to Python for the script.
-            *("--env", f"{VARIABLE}=1", "--", "env", *rank_command(self._task)),
+            *("--env", f"{VARIABLE}=1", "--", "env", *self._command),
         ]
         to_ranks = self._start(
             command, {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
