@@ -28,15 +28,19 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # Off must cost nothing: what these need is imported when one of them is first used.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _mode != "off":
+        from . import waiting
+
+        waiting.end()
     if name in ("rank_zero_head", "share_tokens"):
         from . import sharing
 
         return getattr(sharing, name)
-    if name in __all__:
-        from . import patching
+    from . import patching
 
-        return getattr(patching, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(patching, name)
 
 
 def __dir__() -> list[str]:
@@ -60,6 +64,6 @@ except ValueError:
         raise
     _mode = "off"
 if _mode != "off":
-    from .patching import install
+    from .waiting import begin
 
-    install(_mode)
+    begin(_mode)

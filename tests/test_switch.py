@@ -37,9 +37,27 @@ def run(code: str, value: str | None = None, check: bool = True) -> subprocess.C
 
 
 @pytest.mark.parametrize("value", [None, "0", "1", "hidden"])
-def test_import_does_not_import_mlx(value):
-    mlx = "[m for m in sys.modules if m.split('.')[0] in ('mlx', 'mlx_lm')]"
-    assert run(f"import sys, mlx_lm_skiphead; print({mlx})", value).stdout == "[]\n"
+def test_import_imports_nothing_of_others(value):
+    others = "{m.split('.')[0] for m in sys.modules} & {'mlx', 'mlx_lm', 'numpy', 'rich', 'wrapt'}"
+    assert run(f"import sys, mlx_lm_skiphead; print({others})", value).stdout == "set()\n"
+
+
+def test_on_begins_when_mlx_lm_is_imported_and_hides_it_from_no_other_hook():
+    run(
+        """
+        import sys
+        import wrapt
+        seen = []
+        wrapt.register_post_import_hook(lambda module: seen.append(module.__name__), "mlx_lm")
+        import mlx_lm_skiphead
+        assert "mlx_lm_skiphead.patching" not in sys.modules
+        import mlx_lm
+        assert seen == ["mlx_lm"]
+        from mlx_lm.models import qwen2
+        assert isinstance(vars(qwen2.Model)["__call__"], wrapt.FunctionWrapper)
+        """,
+        "1",
+    )
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "off", "false", "no"])
