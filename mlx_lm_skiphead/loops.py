@@ -188,13 +188,13 @@ def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
     this_thread.batch_run = None
     try:
         with run:
-            if run.is_worker:
-                batch.samplers, batch.logits_processors = [], []
-                batch.fallback_sampler = _none
-            else:
-                _guard(batch, run)
-            batch.__class__ = _sharing_classes.get(cls) or _sharing(cls)
             try:
+                if run.is_worker:
+                    batch.samplers, batch.logits_processors = [], []
+                    batch.fallback_sampler = _none
+                else:
+                    _guard(batch, run)
+                batch.__class__ = _sharing_classes.get(cls) or _sharing(cls)
                 result = wrapped(*args, **kwargs)
             finally:
                 this_thread.alone = ""

@@ -137,9 +137,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.plot is not None:
             _check_plot(arguments.plot)
-        count = arguments.ranks or _count_hosts(arguments.hostfile)
         if arguments.hostfile is not None and arguments.link_delay:
             raise Unusable("--link-delay is for ranks of this machine, not for --hostfile")
+        count = arguments.ranks or _count_hosts(arguments.hostfile)
         for name in ("cores", "gpus"):
             given = getattr(arguments, name)
             if given is not None and len(given) != count:

@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 CONNECT_SECONDS = 120.0
 """How long a proxy waits for a rank that has yet to listen."""
@@ -34,12 +33,7 @@ class SlowLinks:
             threading.Thread(target=self._accept, args=(listener, port), daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for listener in self._listeners:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
