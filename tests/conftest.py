@@ -7,12 +7,16 @@ cache. Without it the tests that need it fail; they are not skipped.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+# In the background of a shell SIGINT is ignored, also by what is started there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

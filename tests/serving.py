@@ -156,19 +156,14 @@ def server(model: Path, *options: str, count: int = 1, plugin: bool = False) -> 
             open(folder / "stdout", "wb") as stdout,
             open(folder / "stderr", "wb") as stderr,
         ):
-            # In the background of a shell SIGINT is ignored, also by what is started there.
-            before = signal.signal(signal.SIGINT, signal.default_int_handler)
-            try:
-                process = subprocess.Popen(
-                    run,
-                    stdin=subprocess.PIPE,
-                    stdout=stdout,
-                    stderr=stderr,
-                    env=ranks.inherited() | {"TMPDIR": str(folder)} | environment,
-                    start_new_session=True,
-                )
-            finally:
-                signal.signal(signal.SIGINT, before)
+            process = subprocess.Popen(
+                run,
+                stdin=subprocess.PIPE,
+                stdout=stdout,
+                stderr=stderr,
+                env=ranks.inherited() | {"TMPDIR": str(folder)} | environment,
+                start_new_session=True,
+            )
         try:
             with contextlib.suppress(BrokenPipeError):
                 os.write(process.stdin.fileno(), ranks.FILL_STDIN)  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import tiny_checkpoint
 
@@ -70,9 +71,14 @@ def serving(model: Path, count: int, tokens: int = 12, requests: int = 7) -> Slo
             options = ["--model", str(model), "--pipeline", "--port", str(port)]
             module = ["mlx_lm_skiphead", "run"] if way == "skip" else []
             command = [sys.executable, "-m", *module, "mlx_lm.server", *options]
-            with Ranks(count, command, plugin=False, link_delay=delay):
+            with Ranks(count, command, plugin=False, link_delay=delay) as ranks:
                 _wait_for(port)
-                times = [_ask(port, tokens) for _ in range(requests + 1)][1:]
+                try:
+                    times = [_ask(port, tokens) for _ in range(requests + 1)][1:]
+                except OSError as error:
+                    said = [f"rank {rank}: {ranks.errors(rank)}" for rank in range(count)]
+                    answer = error.read().decode() if isinstance(error, HTTPError) else ""
+                    raise AssertionError("\n".join([way, f"{error}", answer, *said])) from error
             each[way][delay] = statistics.median(t[0] for t in times)
             whole[way][delay] = statistics.median(t[1] for t in times)
     return {

@@ -104,7 +104,10 @@ def test_stopped(how, hosts, model, tmp_path):
         assert line, "it has ended"
     started = descendants(process.pid)
     process.send_signal(how)
-    output, errors = process.communicate(timeout=60)
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     if how != signal.SIGKILL:
         assert process.returncode == 130, errors
         assert "Stopped; all ranks have been ended." in errors

@@ -62,7 +62,10 @@ def test_nothing_is_left_of_a_demo_that_is_stopped(how: signal.Signals) -> None:
     ranks = ranks_of(process.pid)
     assert len(ranks) == 2
     process.send_signal(how)
-    output, errors = process.communicate(timeout=60)
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     if how != signal.SIGKILL:
         assert process.returncode == 130 and "all ranks have been ended" in output
         assert not errors

@@ -149,12 +149,16 @@ class Ranks:
                 left -= 1
                 code = self._processes[rank].wait()
                 if code:
-                    said = "".join(self._errors[rank]).strip() or "it printed nothing"
+                    said = self.errors(rank)
                     raise RankFailed(f"rank {rank} ended with exit code {code}:\n{said}")
             elif "error" in event:
                 raise RankFailed(f"rank {rank}: {event['error']}")
             else:
                 yield rank, event
+
+    def errors(self, number: int) -> str:
+        """The end of what a process has printed as errors until now."""
+        return "".join(list(self._errors[number])).strip() or "it printed nothing"
 
     def _listen(self, rank: int, output: IO[str], errors: threading.Thread) -> None:
         for line in output:
@@ -207,7 +211,7 @@ class HostRanks(Ranks):
         while len(done) < self._count:
             _, event = self._events.get()
             if event is None:
-                said = "".join(self._errors[0]).strip() or "it printed nothing"
+                said = self.errors(0)
                 raise RankFailed(f"mlx.launch ended before its ranks were done:\n{said}")
             if "error" in event:
                 raise RankFailed(f"rank {event['rank']}: {event['error']}")
