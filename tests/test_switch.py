@@ -53,8 +53,8 @@ def test_on_begins_when_mlx_lm_is_imported_and_hides_it_from_no_other_hook():
         assert "mlx_lm_skiphead.patching" not in sys.modules
         import mlx_lm
         assert seen == ["mlx_lm"]
-        from mlx_lm.models import qwen2
-        assert isinstance(vars(qwen2.Model)["__call__"], wrapt.FunctionWrapper)
+        from mlx_lm.models import deepseek_v3
+        assert isinstance(vars(deepseek_v3.Model)["__call__"], wrapt.FunctionWrapper)
         """,
         "1",
     )
