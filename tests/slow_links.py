@@ -20,10 +20,9 @@ from urllib.error import HTTPError
 
 import tiny_checkpoint
 
-from mlx_lm_skiphead.cli.ranks import Ranks, free_ports
+from mlx_lm_skiphead.cli.ranks import WAYS, Ranks, free_ports
 
 DELAYS = (20, 60)  # ms
-WAYS = ("unpatched", "skip")
 BATCHES = (1, 4)
 Slopes = dict[str, dict[str, float]]
 """By what takes them and by way, latencies."""

@@ -101,11 +101,11 @@ def main() -> None:
                 )
                 own = total = 0
                 for line in raw.read_text().splitlines():
-                    *stack, last = line.rpartition(" ")[0].split(";")
+                    frames, _, samples = line.rpartition(" ")
+                    stack = frames.split(";")
                     if any(frame.startswith(loop) for frame in stack):
-                        samples = int(line.rpartition(" ")[2])
-                        total += samples
-                        own += samples * is_own([*stack, last])
+                        total += int(samples)
+                        own += int(samples) * is_own(stack)
             step = float(re.findall(r"^step (.*)$", done.stdout, re.MULTILINE)[0])
             print(
                 f"rank {rank}, {loop}: {step * own / total:.0f} of {step:.0f} us a step",
