@@ -107,7 +107,10 @@ def callbacks():
     seen = []
 
     def callback(done, total):
-        seen.append(pipeline.model(prompt)[0, -1, :4].tolist())
+        # mlx-lm 0.31.3 calls back outside its loop's stream, while a step of the loop is in flight:
+        # collectives of two streams then meet in another order on each rank, unpatched too.
+        with mx.stream(generate.generation_stream):
+            seen.append(pipeline.model(prompt)[0, -1, :4].tolist())
 
     return {"tokens": pipeline.tokens(prompt_progress_callback=callback), "seen": seen}
 
