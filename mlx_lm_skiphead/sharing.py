@@ -19,6 +19,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .rest import rest
+
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
@@ -71,6 +73,7 @@ class Run:
         self._before: Run | None = None
         self._nothing: mx.array | None = None
         """What a worker adds to a share: zeros, made once."""
+        self._rest = rest() if is_worker else None
         self.sent: mx.array | None = None
         """What the last forward pass left out of the hidden broadcast: on a worker its send. None
         once it has been shared."""
@@ -123,6 +126,9 @@ class Run:
                 "import that package first."
             )
         if self.is_worker:
+            if self._rest is not None:
+                last, of_size = self.shares[-1] if self.shares else (None, 0)
+                self._rest.take(last if of_size == size else None, self.sent)
             nothing = self._nothing
             if nothing is None or nothing.size != size + 2:
                 nothing = self._nothing = mx.zeros((size + 2,), mx.uint32, stream=mx.cpu)

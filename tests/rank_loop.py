@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import mlx.core as mx
 import ranks
@@ -16,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_lm_skiphead
+from mlx_lm_skiphead import rest
 from mlx_lm_skiphead.cli.measure import count_heads
 
 generate = importlib.import_module("mlx_lm.generate")
@@ -113,6 +116,31 @@ def callbacks():
             seen.append(pipeline.model(prompt)[0, -1, :4].tolist())
 
     return {"tokens": pipeline.tokens(prompt_progress_callback=callback), "seen": seen}
+
+
+def resting():
+    """A slow rank 0, and workers that rest while they wait for it, whatever this machine has."""
+    rest.crowded = lambda: True
+    slept = []
+    rest.time = SimpleNamespace(
+        monotonic=time.monotonic, sleep=lambda s: (slept.append(s), time.sleep(s))
+    )
+    pipeline = Pipeline()
+    told = {"slept": slept}
+
+    def slow(logprobs):
+        time.sleep(0.04)
+        return mx.argmax(logprobs, axis=-1)
+
+    told["one"] = pipeline.tokens(limit=16, sampler=slow)
+    told["quick"] = pipeline.tokens(limit=16)
+    batch = generate.BatchGenerator(pipeline.model, sampler=slow)
+    batch.insert(tiny_models.PROMPTS, max_tokens=[4, 12, 20])
+    told["batch"] = []
+    while responses := batch.next_generated():
+        told["batch"].append([[r.uid, r.token, r.finish_reason] for r in responses])
+    batch.close()
+    return told
 
 
 class Broken(Exception):

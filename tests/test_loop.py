@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
+
+from mlx_lm_skiphead import rest
 
 SCRIPT = Path(__file__).with_name("rank_loop.py")
 ON = {"MLX_LM_SKIPHEAD": "1"}
@@ -56,6 +59,39 @@ def test_a_callback_may_call_the_model():
         assert told["tokens"] == right["tokens"]
         for seen, expected in zip(told["seen"], right["seen"], strict=True):
             assert seen == pytest.approx(expected, abs=1e-3)
+
+
+def test_workers_rest_while_they_wait_for_a_slow_rank_zero():
+    right = alone("resting")
+    assert right.pop("slept") == []
+    told = on_ranks("resting", count=3)
+    for number, rank in enumerate(told):
+        slept = rank.pop("slept")
+        assert bool(slept) == (number > 0)
+        assert all(0.005 < seconds < 0.2 for seconds in slept)
+        assert rank == right
+
+
+@pytest.mark.parametrize(
+    "hosts, crowded",
+    [
+        (["10.0.0.1:5000", "10.0.0.1:5001", "10.0.0.1:5002"], True),
+        (["10.0.0.1:5000", "10.0.0.1:5001"], False),
+        (["10.0.0.1:5000", "10.0.0.1:5001", "10.0.0.2:5000"], False),
+        ({"hosts": 3}, False),
+        (None, False),
+    ],
+)
+def test_ranks_are_crowded_on_one_machine_with_fewer_cores(hosts, crowded, tmp_path, monkeypatch):
+    file = tmp_path / "hosts.json"
+    if hosts is not None:
+        ring = [[address] for address in hosts] if isinstance(hosts, list) else hosts
+        file.write_text(json.dumps(ring))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setenv("MLX_HOSTFILE", str(file))
+    assert rest.crowded.__wrapped__() is crowded
+    monkeypatch.delenv("MLX_HOSTFILE")
+    assert rest.crowded.__wrapped__() is False
 
 
 def test_what_fails_on_rank_zero_fails_on_all_and_they_go_on():

@@ -9,6 +9,10 @@ import threading
 import time
 from collections.abc import Sequence
 
+ELSEWHERE = "127.1"
+"""This machine, by another name than the usual one: a rank behind a slow link stands for one on
+another machine, which the plugin tells by its address (rest.py)."""
+
 CONNECT_SECONDS = 120.0
 """How long a proxy waits for a rank that has yet to listen."""
 
@@ -39,12 +43,12 @@ class SlowLinks:
                 listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             listener.close()
 
-    def seen_by(self, rank: int) -> list[int]:
-        """The ports of all ranks as `rank` must know them: the next one's is its proxy's."""
-        ports = list(self._ports)
-        following = (rank + 1) % len(ports)
-        ports[following] = self._listeners[following].getsockname()[1]
-        return ports
+    def seen_by(self, rank: int) -> list[str]:
+        """The addresses of all ranks as `rank` must know them: the next one's is its proxy's."""
+        addresses = [f"127.0.0.1:{port}" for port in self._ports]
+        following = (rank + 1) % len(addresses)
+        addresses[following] = f"{ELSEWHERE}:{self._listeners[following].getsockname()[1]}"
+        return addresses
 
     def _accept(self, listener: socket.socket, port: int) -> None:
         with contextlib.suppress(OSError):  # closed: the ranks have ended

@@ -88,13 +88,13 @@ class Ranks:
     def _write_hosts(self, folder: Path) -> list[Path]:
         """A host file for each rank."""
         ports = free_ports(self._count)
-        seen = [ports] * self._count
+        seen = [[f"127.0.0.1:{port}" for port in ports]] * self._count
         if self._link_delay and self._count > 1:
             links = self._open.enter_context(SlowLinks(ports, self._link_delay))
             seen = [links.seen_by(rank) for rank in range(self._count)]
         files = [folder / f"hosts-{rank}.json" for rank in range(self._count)]
         for file, known in zip(files, seen, strict=True):
-            file.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in known]))
+            file.write_text(json.dumps([[address] for address in known]))
         return files
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> IO[str]:
