@@ -32,8 +32,6 @@ class _Forward:
         self.skip_head = skip_head
         self.sent: mx.array | None = None
         """What the hidden broadcast was given, in a run: ``(B, L, H)``, on a worker its send."""
-        self.length = 0
-        """L."""
 
 
 class _BeforeHead(BaseException):
@@ -57,7 +55,9 @@ def model_call(family: Family) -> Wrapper:
     """
 
     def call(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
-        stage = family.stage_of(owner)
+        run = this_thread.run
+        in_run = run is not None and run.owner is owner
+        stage = run.stage if run is not None and in_run else family.stage_of(owner)
         if stage.pipeline_size == 1:
             return wrapped(*args, **kwargs)
         if this_thread.alone:
@@ -66,9 +66,8 @@ def model_call(family: Family) -> Wrapper:
                 "and logits processors run on rank 0 alone, so the other ranks would wait for "
                 "ever. Call mlx_lm_skiphead.uninstall() on all ranks before this generation."
             )
-        run = this_thread.run
         is_worker = stage.pipeline_rank != 0
-        if run is not None and (run.owner is owner or run.owner is None):
+        if run is not None and (in_run or run.owner is None):
             forward = _Forward(stage, run=run, skip_head=is_worker)
         elif config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm():
             forward = _Forward(stage, run=None, skip_head=True)
@@ -87,8 +86,8 @@ def model_call(family: Family) -> Wrapper:
             made = run.placeholder
             if made is None or made.shape[:2] != hidden.shape[:2] or made.dtype != hidden.dtype:
                 made = _placeholder(hidden, vocabulary=family.head_of(owner).weight.shape[0])
-                if run.owner is owner:
-                    run.placeholder = made
+                if in_run:
+                    run.placeholder, run.logsumexp = made, None
             logits = made
             if run.owner is None and forward.sent is not None:
                 # A loop of the user's may look at the logits, and must not hang the others then.
@@ -102,7 +101,7 @@ def model_call(family: Family) -> Wrapper:
                     "mlx-lm-skiphead cannot skip its head. Unset MLX_LM_SKIPHEAD on all ranks "
                     "to use this mlx-lm."
                 )
-            run.sent, run.length = forward.sent, forward.length
+            run.sent = forward.sent
             run.vocabulary = logits.shape[-1]
             if not is_worker:
                 this_thread.alone = run.then_alone
@@ -134,7 +133,7 @@ def all_gather(
     forward = this_thread.forward
     if forward is None or forward.run is None or kwargs or len(args) != 1:
         return wrapped(*args, **kwargs)
-    forward.sent, forward.length = args[0], args[0].shape[1]
+    forward.sent = args[0]
     return args[0]
 
 
@@ -157,7 +156,10 @@ def logsumexp(
         or args[0].shape[-1] != run.vocabulary
     ):
         return wrapped(*args, **kwargs)
-    return args[0][..., :1]
+    known = run.logsumexp
+    if known is None or known.shape[:-1] != args[0].shape[:-1]:
+        known = run.logsumexp = args[0][..., :1]
+    return known
 
 
 def _in_loop_of_mlx_lm() -> bool:

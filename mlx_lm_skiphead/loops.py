@@ -42,7 +42,7 @@ def run_of(model: Any) -> Run | None:
         return None
     owner = family.owner_of(model)
     stage = family.stage_of(owner)
-    return Run(owner, stage.pipeline_rank != 0) if stage.pipeline_size > 1 else None
+    return Run(owner, stage.pipeline_rank != 0, stage) if stage.pipeline_size > 1 else None
 
 
 def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -128,7 +128,7 @@ class _Speculation:
             return self._sampler(logprobs)
         if run.is_worker:
             if self._shared is None:
-                self._shared = run.share(None, run.length)
+                self._shared = run.share(None, self._positions())
             tokens, self._shared = self._shared[:rows], self._shared[rows:]
             if not self._shared.size:
                 self._shared = None
@@ -136,10 +136,11 @@ class _Speculation:
         attempted = run.attempt(on_rank_zero_only(self._sampler, "a sampler"), logprobs)
         tokens = mx.zeros((rows,), mx.uint32) if attempted is None else attempted
         self._sampled.append(tokens)
-        if sum(t.shape[0] for t in self._sampled) < run.length:
+        positions = self._positions()
+        if sum(t.shape[0] for t in self._sampled) < positions:
             return tokens
         everything, self._sampled = mx.concatenate(self._sampled), []
-        return run.share(everything, run.length)[run.length - rows :]
+        return run.share(everything, positions)[positions - rows :]
 
     def processor(self, processor: LogitsProcessor) -> LogitsProcessor:
         """`processor`, left out where a worker would give it the pipelined model's logits."""
@@ -151,6 +152,10 @@ class _Speculation:
             return logits if self._run.is_worker else alone(tokens, logits)
 
         return process
+
+    def _positions(self) -> int:
+        """How many the forward pass had that is being checked."""
+        return 0 if self._run.sent is None else self._run.sent.shape[1]
 
     def _checking(self) -> bool:
         """Whether what comes now is of the pipelined model, not of the draft."""

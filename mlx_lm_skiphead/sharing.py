@@ -65,24 +65,28 @@ class Run:
     Args:
         owner: the head owner within the model (`Family.owner_of`), or None for any model.
         is_worker: whether this is any rank but 0.
+        stage: the pipelined model within `owner`, if that is one.
     """
 
-    def __init__(self, owner: Any, is_worker: bool) -> None:
+    def __init__(self, owner: Any, is_worker: bool, stage: Any = None) -> None:
         self.owner = owner
         self.is_worker = is_worker
+        self.stage = stage
         self._before: Run | None = None
         self._nothing: mx.array | None = None
         """What a worker adds to a share: zeros, made once."""
         self._rest = rest() if is_worker else None
         self.sent: mx.array | None = None
-        """What the last forward pass left out of the hidden broadcast: on a worker its send. None
-        once it has been shared."""
-        self.length = 0
-        """How many positions that forward pass had."""
+        """What the last forward pass left out of the hidden broadcast, ``(B, L, H)``: on a worker
+        its send. None once it has been shared."""
         self.vocabulary = 0
         """The width of its logits."""
+        self._last_id: mx.array | None = None
+        """The highest token id, made once."""
         self.placeholder: mx.array | None = None
         """A worker's logits, which are the same in each step."""
+        self.logsumexp: mx.array | None = None
+        """Of those."""
         self.model: Any = None
         """The whole model, where the run is of a batch."""
         self.then_alone = ""
@@ -196,9 +200,11 @@ class Run:
         raised. With a GPU nothing is done: ranks of 4 GPUs stood still with more work of the CPU
         between their steps.
         """
-        if mx.default_device() == mx.cpu:
-            return mx.minimum(tokens, self.vocabulary - 1)
-        return tokens
+        if mx.default_device() != mx.cpu:
+            return tokens
+        if self._last_id is None:
+            self._last_id = mx.array(self.vocabulary - 1, mx.uint32)
+        return mx.minimum(tokens, self._last_id)
 
 
 @contextmanager

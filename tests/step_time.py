@@ -1,8 +1,9 @@
 """``python tests/step_time.py``: what the plugin's own Python takes per decode step.
 
 mlx-lm's loops run with a model that only hands out arrays that it has, in one process that plays a
-rank of two, and py-spy looks 200 times a second where it is: in a function of the package, with
-the operations of MLX that it makes, or elsewhere.
+rank of two. What a step takes is measured without py-spy, which stops a process to look at it; then
+py-spy looks 200 times a second where it is: in a function of the package, with the operations of
+MLX that it makes, or elsewhere.
 """
 
 from __future__ import annotations
@@ -83,21 +84,20 @@ def is_own(stack: list[str]) -> bool:
 
 
 def main() -> None:
+    env = {k: v for k, v in os.environ.items() if k != "MLX_LM_SKIPHEAD"}
     spy = Path(sys.executable).with_name("py-spy")
     for loop in ("single", "batched"):
         for rank in (0, 1):
+            command = [sys.executable, __file__, str(rank), loop]
+            alone = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
             with tempfile.TemporaryDirectory() as folder:
                 raw = Path(folder, "raw")
-                done = subprocess.run(
-                    [
-                        *(spy, "record", "-r", "200", "-f", "raw", "-o", raw, "--"),
-                        *(sys.executable, __file__, str(rank), loop),
-                    ],
-                    stdout=subprocess.PIPE,
+                subprocess.run(
+                    [spy, "record", "-r", "200", "-f", "raw", "-o", raw, "--", *command],
+                    stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    text=True,
                     check=True,
-                    env={k: v for k, v in os.environ.items() if k != "MLX_LM_SKIPHEAD"},
+                    env=env,
                 )
                 own = total = 0
                 for line in raw.read_text().splitlines():
@@ -106,7 +106,7 @@ def main() -> None:
                     if any(frame.startswith(loop) for frame in stack):
                         total += int(samples)
                         own += int(samples) * is_own(stack)
-            step = float(re.findall(r"^step (.*)$", done.stdout, re.MULTILINE)[0])
+            step = float(re.findall(r"^step (.*)$", alone.stdout, re.MULTILINE)[0])
             print(
                 f"rank {rank}, {loop}: {step * own / total:.0f} of {step:.0f} us a step",
                 flush=True,
