@@ -56,8 +56,9 @@ def model_call(family: Family) -> Wrapper:
 
     def call(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
         run = this_thread.run
-        in_run = run is not None and run.owner is owner
-        stage = run.stage if run is not None and in_run else family.stage_of(owner)
+        if run is not None and run.owner is not None and run.owner is not owner:
+            run = None  # of another model
+        stage = family.stage_of(owner) if run is None or run.stage is None else run.stage
         if stage.pipeline_size == 1:
             return wrapped(*args, **kwargs)
         if this_thread.alone:
@@ -67,7 +68,7 @@ def model_call(family: Family) -> Wrapper:
                 "ever. Call mlx_lm_skiphead.uninstall() on all ranks before this generation."
             )
         is_worker = stage.pipeline_rank != 0
-        if run is not None and (in_run or run.owner is None):
+        if run is not None:
             forward = _Forward(stage, run=run, skip_head=is_worker)
         elif config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm():
             forward = _Forward(stage, run=None, skip_head=True)
@@ -86,7 +87,7 @@ def model_call(family: Family) -> Wrapper:
             made = run.placeholder
             if made is None or made.shape[:2] != hidden.shape[:2] or made.dtype != hidden.dtype:
                 made = _placeholder(hidden, vocabulary=family.head_of(owner).weight.shape[0])
-                if in_run:
+                if run.owner is owner:
                     run.placeholder, run.logsumexp = made, None
             logits = made
             if run.owner is None and forward.sent is not None:

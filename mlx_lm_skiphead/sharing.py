@@ -81,8 +81,6 @@ class Run:
         its send. None once it has been shared."""
         self.vocabulary = 0
         """The width of its logits."""
-        self._last_id: mx.array | None = None
-        """The highest token id, made once."""
         self.placeholder: mx.array | None = None
         """A worker's logits, which are the same in each step."""
         self.logsumexp: mx.array | None = None
@@ -114,7 +112,8 @@ class Run:
         Rank 0's key of `mx.random` travels with them, so that random numbers drawn on every
         rank after the loop agree, as they do when every rank samples (`finish`).
 
-        If rank 0 has failed to sample, it shares that; `check` raises it on all ranks.
+        If rank 0 has failed to sample, it shares that; `check` raises it on all ranks. Where ranks
+        share the cores of a CPU, a worker first evaluates its send and sleeps (rest.py).
 
         Args:
             tokens: ids of shape ``(size,)`` on rank 0, ignored on workers.
@@ -200,11 +199,9 @@ class Run:
         raised. With a GPU nothing is done: ranks of 4 GPUs stood still with more work of the CPU
         between their steps.
         """
-        if mx.default_device() != mx.cpu:
-            return tokens
-        if self._last_id is None:
-            self._last_id = mx.array(self.vocabulary - 1, mx.uint32)
-        return mx.minimum(tokens, self._last_id)
+        if mx.default_device() == mx.cpu:
+            return mx.minimum(tokens, self.vocabulary - 1)
+        return tokens
 
 
 @contextmanager
