@@ -6,11 +6,14 @@ after mlx-lm is all. See `install` for switching it on in code, and README.md.
 
 from __future__ import annotations
 
+import importlib
+
 from .config import requested_mode
 
 TYPE_CHECKING = False  # as typing's, without importing typing
 if TYPE_CHECKING:
-    from .patching import SkipheadError, Status, install, status, uninstall
+    from .installing import Status, install, status, uninstall
+    from .registry import SkipheadError
     from .sharing import rank_zero_head, share_tokens
 
 __version__ = "0.1.0"
@@ -26,21 +29,20 @@ __all__ = [
 ]
 
 
+_MODULES = {
+    "SkipheadError": "registry",
+    "rank_zero_head": "sharing",
+    "share_tokens": "sharing",
+}
+"""Where what is public is defined, if not in installing.py."""
+
+
 def __getattr__(name: str) -> object:
     # Off must cost nothing: what these need is imported when one of them is first used.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _mode != "off":
-        from . import waiting
-
-        waiting.end()
-    if name in ("rank_zero_head", "share_tokens"):
-        from . import sharing
-
-        return getattr(sharing, name)
-    from . import patching
-
-    return getattr(patching, name)
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'installing')}")
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:
@@ -64,6 +66,6 @@ except ValueError:
         raise
     _mode = "off"
 if _mode != "off":
-    from .waiting import begin
+    from .installing import install
 
-    begin(_mode)
+    install(_mode)

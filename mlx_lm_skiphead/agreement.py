@@ -22,8 +22,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import config, patching
+from . import config, drift, registry
 from .families import FAMILIES
+from .handles import Patch
+from .registry import SkipheadError
 
 log = logging.getLogger("mlx_lm_skiphead")
 
@@ -34,6 +36,8 @@ EXACT_BITS = 24
 """Whole numbers of so many bits are exact in float32, the type of the sum."""
 
 SETTINGS_BYTES = 2048
+
+LOADING_MODULE = "mlx_lm.utils"
 
 
 def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -56,7 +60,7 @@ def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
     try:
         _check_sum(int(total.item()), ranks)
         _check_settings(_exchanged())
-    except patching.SkipheadError as error:
+    except SkipheadError as error:
         if threading.current_thread() is not threading.main_thread():
             # As in mlx_lm.server, where this thread would end, and the ranks wait for ever.
             log.critical("%s This process ends.", error)
@@ -73,7 +77,7 @@ def _pipeline_group(frame: FrameType | None) -> Any:
     while frame is not None:
         if (
             frame.f_code.co_name == "sharded_load"
-            and frame.f_globals.get("__name__") == patching.LOADING_MODULE
+            and frame.f_globals.get("__name__") == LOADING_MODULE
         ):
             return frame.f_locals.get("pipeline_group")
         frame = frame.f_back
@@ -107,17 +111,17 @@ def _check_sum(total: int, ranks: int) -> None:
     hashes = total >> (3 * bits)
     here = f"rank {mx.distributed.init().rank()}"
     if everyone == ranks and active != ranks:
-        raise patching.SkipheadError(
+        raise SkipheadError(
             f"mlx-lm-skiphead is on in {active} of {ranks} ranks, {here} among them, and off in "
             f"{ranks - active}: {_for_all()}"
         )
     if everyone == ranks and hidden not in (0, ranks):
-        raise patching.SkipheadError(
+        raise SkipheadError(
             f"{config.VARIABLE} is hidden in {hidden} of {ranks} ranks, and on in "
             f"{ranks - hidden}: {_for_all()}"
         )
     if everyone != ranks or hashes != ranks * _protocol_hash(EXACT_BITS - 4 * bits):
-        raise patching.SkipheadError(
+        raise SkipheadError(
             f"The {ranks} ranks have versions of mlx-lm-skiphead that do not work together; {here} "
             f"has {_settings()['mlx-lm-skiphead']}. Install the same one for all of them."
         )
@@ -134,8 +138,7 @@ def _settings() -> dict[str, str]:
     """In what ranks must agree besides, as names and values."""
     from . import __version__
 
-    status = patching.status()
-    left = [n for n, t in (status.families | status.loops).items() if t.state == "refused"]
+    left = sorted(name for name, t in registry.outcomes.items() if t.state == "refused")
     return {
         "mlx-lm-skiphead": __version__,
         "mlx-lm": metadata.version("mlx-lm"),
@@ -158,7 +161,19 @@ def _check_settings(by_rank: list[dict[str, str]]) -> None:
         values = [settings[name] for settings in by_rank]
         if len(set(values)) > 1:
             said = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-            raise patching.SkipheadError(
+            raise SkipheadError(
                 f"The ranks differ in {name}: {said}. mlx-lm-skiphead needs the same of "
                 "mlx-lm and of itself on all ranks: install the same versions for all of them."
             )
+
+
+PATCHES = (
+    Patch(
+        "sharded_load",
+        "mlx.core",
+        "distributed.all_sum",
+        all_sum,
+        drift.anything,
+        "ranks that differ are not told apart where a model loads",
+    ),
+)

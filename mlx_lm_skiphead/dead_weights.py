@@ -1,14 +1,16 @@
 """Weights that a rank does not use stay on disk.
 
 mlx-lm loads lazily: a weight is read when something evaluates it, and what evaluates them all is
-``mx.eval(model.parameters())``. So when a pipeline is set up, a worker's head and the embedding of
-a rank that embeds nothing leave the module tree, and a `StandIn` takes their place. They are still
-there as attributes, with shapes and types, and are read if something really calls them.
+``mx.eval(model.parameters())``. So when a pipeline is set up, the arrays of a worker's head, and
+of the embedding of a rank that embeds nothing, are replaced by NaN that takes the memory of one
+number. The modules stay where they are, and each gets a class of its own, a subclass of its
+class: what really needs the weights reads them first, and the module is the plain one again.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import json
@@ -17,165 +19,225 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import wrapt
-from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
-from . import config, patching
+from . import config, drift, registry
+from .agreement import LOADING_MODULE
 from .families import Family
+from .handles import Patch
+from .head import not_computed
 from .sharing import this_thread
 
 log = logging.getLogger("mlx_lm_skiphead")
+_lock = threading.RLock()
+
+NEEDED = (
+    "the model was called outside mlx-lm's loops, or in one that was imported by name before "
+    "mlx_lm_skiphead, or its weights were asked for. They stay on disk if the plugin is imported "
+    "first, and in a loop of your own with mlx_lm_skiphead.rank_zero_head()."
+)
+
+
+class _Loading(threading.local):
+    """A call of mlx-lm's `sharded_load` for a pipeline, while it lasts."""
+
+    is_open = False
+    folder = ""
+    unreadable: dict[str, Exception] = {}  # noqa: RUF012
+    """Files of weights that could not be opened, which is an error if they are needed."""
+
+
+_loading = _Loading()
 
 
 class _Origin(NamedTuple):
     """Where a lazy array comes from."""
 
-    file: str
+    path: str
     key: str
 
 
-class _Loading:
-    """A call of mlx-lm's `sharded_load` for a pipeline, while it lasts."""
-
-    def __init__(self) -> None:
-        self.folder = ""
-        """Where the weights are."""
-        self.unreadable: dict[str, Exception] = {}
-        """Files of weights that could not be opened, which is an error if they are needed."""
-
-    def lost_files(self) -> list[str]:
-        """Files of the checkpoint that are not there, or cannot be opened."""
-        try:
-            with open(os.path.join(self.folder, "model.safetensors.index.json")) as file:
-                named = set(json.load(file)["weight_map"].values())
-        except (OSError, ValueError, KeyError):
-            named = set()
-        paths = {os.path.join(self.folder, name) for name in named}
-        return sorted({p for p in paths if not os.path.exists(p)} | self.unreadable.keys())
+_origins: dict[int, tuple[weakref.ref[mx.array], _Origin]] = {}
 
 
-class StandIn(wrapt.CallableObjectProxy):  # type: ignore[type-arg]
-    """In the place of a head, outside the module tree; a call of it reads its weights, once.
+class Left:
+    """What one module has left on disk: ``vars(module)["_skiphead"]``."""
 
-    Everything else of it is the head's, unread. Once read, the head itself is back in its place.
+    def __init__(self, module: Any, where: str, missing: list[str]) -> None:
+        self.where = where
+        self.missing = missing
+        """Files that should hold the weights and are not there or cannot be opened."""
+        self.arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
+        self.stand_ins = {k: not_computed(v) for k, v in self.arrays.items()}
+        mx.eval(self.stand_ins)
+        self.origins = {k: _origins[id(v)][1] for k, v in self.arrays.items() if id(v) in _origins}
+        # They stay open, in case their folder goes.
+        self.files = {path: open(path, "rb") for path in {o.path for o in self.origins.values()}}  # noqa: SIM115
 
-    Args:
-        module: the head or embedding.
-        parent: what it was taken out of, under the name `name`.
-        family: whose module it is.
-        rank: this process's.
-        lost: files that should hold its weights and are not there or cannot be opened.
-    """
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
 
-    _self_reason = (
-        "the model was called outside mlx-lm's loops, or in one that was imported by name before "
-        "mlx_lm_skiphead. It stays on disk if the plugin is imported first, and in a loop of your "
-        "own with mlx_lm_skiphead.rank_zero_head()."
-    )
-
-    def __init__(
-        self,
-        module: Module,
-        parent: Module,
-        name: str,
-        family: str,
-        rank: int,
-        lost: list[str],
-    ) -> None:
-        super().__init__(module)
-        self._self_parent = weakref.ref(parent)
-        self._self_name = name
-        self._self_where = f"{name} of {family} on rank {rank}"
-        self._self_lost = lost
-        self._self_unread = True
-        self._self_lock = threading.Lock()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._self_read()(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Module:
-        module: Module = copy.deepcopy(self.__wrapped__, memo)
-        return module
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__wrapped__.__reduce_ex__(protocol)
-
-    def _self_bytes(self) -> int:
-        """How much of it is still on disk."""
-        arrays = _weights(self.__wrapped__).values()
-        return sum(a.nbytes for a in arrays if is_pending(a)) if self._self_unread else 0
-
-    def _self_read(self) -> Module:
-        """The module with its weights in memory, from now on in its place.
+    def read(self) -> dict[str, mx.array]:
+        """The weights by name, in memory. In any thread: lazy arrays belong to one.
 
         Raises:
             RuntimeError: if they cannot be read; the message names the file.
         """
-        with self._self_lock:
-            module: Module = self.__wrapped__
-            if not self._self_unread:
-                return module
-            size = self._self_bytes()
-            files = self._self_lost or sorted({o.file for o in _origins_of(module).values()})
-            try:
-                if self._self_lost:
-                    raise FileNotFoundError("it is not there or cannot be opened")
-                _read(module)
-            except Exception as error:
-                raise RuntimeError(
-                    f"{self._self_where} was left on disk and cannot be read from "
-                    f"{', '.join(files) or 'where it was loaded from'} ({error}). It is needed "
-                    f"now: {self._self_reason}"
-                ) from error
-            self._self_unread = False
-            parent = self._self_parent()
-            if parent is not None and vars(parent).get(self._self_name) is self:
-                delattr(parent, self._self_name)
-                parent[self._self_name] = module
-            log.warning(
-                "%s has been read from disk, %.1f MB: %s",
-                *(self._self_where, size / 1e6, self._self_reason),
-            )
-            return module
+        paths = self.missing or sorted(self.files)
+        try:
+            if self.missing:
+                raise FileNotFoundError("it is not there or cannot be opened")
+            weights = {k: v for k, v in self.arrays.items() if k not in self.origins}
+            for opened, file in self.files.items():
+                file.seek(0)
+                loaded: Any = mx.load(file, format="safetensors")
+                for name, (path, key) in self.origins.items():
+                    if path == opened:
+                        was = self.arrays[name]
+                        if (loaded[key].shape, loaded[key].dtype) != (was.shape, was.dtype):
+                            raise ValueError(f"{key} was {was.dtype} {was.shape} when it loaded")
+                        weights[name] = loaded[key]
+            mx.eval(weights)
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.where} was left on disk and cannot be read from "
+                f"{', '.join(paths) or 'where it was loaded from'} ({error}). It is needed now: "
+                f"{NEEDED}"
+            ) from error
+        return weights
+
+    def is_in(self, module: Any, name: str) -> bool:
+        """Whether `module` still has no more than a stand-in, perhaps of another type, there."""
+        now = module.get(name)
+        if now is self.stand_ins[name] or not isinstance(now, mx.array):
+            return now is self.stand_ins[name]
+        is_float = mx.issubdtype(now.dtype, mx.inexact)
+        return bool(is_float and now.size and mx.isnan(now.reshape(-1)[0]).item())
 
 
-class EmbeddingStandIn(StandIn):
-    """In the place of an embedding, which may be a tied head too.
+def _is_unused(is_embedding: bool) -> bool:
+    """Whether what a module on disk gives now is never computed: a forward pass is being built."""
+    forward = this_thread.forward
+    return forward is not None and (forward.skips_head or is_embedding)
 
-    Upstream embeds the tokens on every rank, and takes no more than shape and type from that on
-    ranks that receive. So nothing is read for it within a forward pass.
+
+def read(module: Any) -> None:
+    """Bring the weights of `module` into memory; from then on it is a plain module again.
+
+    In the type that they have by now; what somebody has put in their place stays.
     """
+    with _lock:
+        left: Left | None = vars(module).get("_skiphead")
+        if left is None:
+            return
+        wanted = [name for name in left.arrays if left.is_in(module, name)]
+        weights = left.read() if wanted else {}
+        module.__class__ = type(module).__mro__[1]
+        del vars(module)["_skiphead"]
+        for name in wanted:
+            array, now = weights[name], module[name]
+            module[name] = array if array.dtype == now.dtype else array.astype(now.dtype)
+        if wanted:
+            log.warning(
+                "%s has been read from disk, %.1f MB: %s", left.where, left.nbytes / 1e6, NEEDED
+            )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.__wrapped__ if this_thread.embeds_for_shape else self._self_read()
-        return module(*args, **kwargs)
 
-    def as_linear(self, x: mx.array) -> mx.array:
-        """Logits ``(..., V)`` of hidden states ``(..., H)``: as a head, its weights are read."""
-        logits: mx.array = self._self_read().as_linear(x)
-        return logits
+@functools.cache
+def _class_of(cls: Any) -> type:
+    """A subclass of `cls` for modules whose weights are on disk."""
+
+    def reading(name: str, unless: Callable[[], bool]) -> Any:
+        @functools.wraps(getattr(cls, name))
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not unless():
+                read(self)
+                return getattr(cls, name)(self, *args, **kwargs)
+            vars(self)["_skiphead_calls"] = vars(self).get("_skiphead_calls", 0) + 1
+            try:
+                return getattr(cls, name)(self, *args, **kwargs)
+            finally:
+                vars(self)["_skiphead_calls"] -= 1
+
+        return call
+
+    def __getattr__(self: Any, name: str) -> Any:
+        left = vars(self).get("_skiphead")
+        is_used = not vars(self).get("_skiphead_calls") and not _is_unused(is_embedding=False)
+        if left is not None and name in left.arrays and is_used:
+            read(self)
+            return getattr(self, name)
+        return cls.__getattr__(self, name)
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        copied = cls.__new__(cls)
+        memo[id(self)] = copied
+        for name, value in self.items():
+            copied[name] = value if isinstance(value, mx.array) else copy.deepcopy(value, memo)
+        vars(copied).update(
+            {
+                k: v if k == "_skiphead" else copy.deepcopy(v, memo)
+                for k, v in vars(self).items()
+                if k != "_skiphead_calls"
+            }
+        )
+        copied.__class__ = type(self)
+        return copied
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        read(self)
+        return self.__reduce_ex__(protocol)
+
+    has_head = hasattr(cls, "as_linear")
+    members: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__call__": reading("__call__", lambda: _is_unused(is_embedding=has_head)),
+        "__getattr__": __getattr__,
+        "_extra_repr": reading("_extra_repr", lambda: True),
+        "__deepcopy__": __deepcopy__,
+        "__reduce_ex__": __reduce_ex__,
+    }
+    if has_head:
+        members["as_linear"] = reading("as_linear", lambda: _is_unused(is_embedding=False))
+    return type(cls.__name__, (cls,), members)
 
 
-class _Pipelined(NamedTuple):
+class Pipelined(NamedTuple):
     """A model whose pipeline was set up while the plugin was on."""
 
     owner: weakref.ref[Any]
     family: Family
     rank: int
     ranks: int
-    stand_ins: list[weakref.ref[StandIn]]
+    modules: list[tuple[str, Any]]
+    """Names and weak references of the modules whose weights were left on disk."""
+
+    def on_disk(self) -> dict[str, int]:
+        """Bytes that have not been read, by name of the module that they belong to."""
+        found = {}
+        for name, reference in self.modules:
+            left = vars(module).get("_skiphead") if (module := reference()) is not None else None
+            if left is not None:
+                found[name] = left.nbytes
+        return found
 
 
-_pipelined: list[_Pipelined] = []
-_lock = threading.Lock()
+_pipelined: list[Pipelined] = []
 
 
-def pipeline(wrapped: Callable[..., Any], stage: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of ``pipeline(group)``: upstream's, then this rank's dead weights leave the tree.
+def models() -> list[Pipelined]:
+    """The pipelined models that are alive."""
+    return [p for p in _pipelined if p.owner() is not None]
+
+
+def pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
+    """The wrapper of ``pipeline(group)``: upstream's, then this rank's dead weights are left.
 
     Only what is not in memory yet: the weights of a model that was loaded eagerly stay.
     """
@@ -183,24 +245,24 @@ def pipeline(wrapped: Callable[..., Any], stage: Any, args: Any, kwargs: Any) ->
     if config.active == "off" or stage.pipeline_size == 1:
         return result
     with _lock:
-        found = patching.owner_of(stage)
-        if found is None:
+        split = registry.owner_of(stage)
+        if split is None:
             return result
-        family, owner = found
+        family, owner, _ = split
         rank, ranks = stage.pipeline_rank, stage.pipeline_size
-        taken = [
-            weakref.ref(stand_in)
-            for parent, name in dead(family, owner, stage)
-            if (stand_in := _take_out(parent, name, family, rank)) is not None
-        ]
-        loading = this_thread.loading
-        if loading is not None and loading.unreadable:
-            _check_nothing_is_missed(owner, loading)
-            loading.unreadable = {}
+        modules = []
+        for parent, name in dead(family, owner, stage):
+            module = attrgetter(name)(parent)
+            if _leave(module, f"{name} of {family.name} on rank {rank}"):
+                modules.append((name, weakref.ref(module)))
+        for array in weights_of(owner).values() if _loading.unreadable else ():
+            if is_pending(array) and not _is_read_from_file(array):
+                raise next(iter(_loading.unreadable.values()))  # a file that is needed here
+        _loading.unreadable = {}
         # A model may be split anew.
-        taken += [s for p in _pipelined if p.owner() is owner for s in p.stand_ins]
-        _pipelined[:] = [p for p in _pipelined if p.owner() is not None and p.owner() is not owner]
-        _pipelined.append(_Pipelined(weakref.ref(owner), family, rank, ranks, taken))
+        modules += [m for p in models() if p.owner() is owner for m in p.modules]
+        _pipelined[:] = [p for p in models() if p.owner() is not owner]
+        _pipelined.append(Pipelined(weakref.ref(owner), family, rank, ranks, modules))
     return result
 
 
@@ -215,125 +277,118 @@ def dead(family: Family, owner: Any, stage: Any) -> Iterator[tuple[Any, str]]:
     # Not the final norm: a few kilobytes, and it is on the way to the hidden states.
 
 
-def _take_out(parent: Any, name: str, family: Family, rank: int) -> StandIn | None:
-    module = parent.get(name)  # in the tree, so not a stand-in
-    arrays = [] if module is None else list(_weights(module).values())
-    lost: list[str] = []
-    if not arrays or not all(map(is_pending, arrays)):
-        return None
+def _leave(module: Any, where: str) -> bool:
+    """Leave the weights of `module` on disk, if that is where they are."""
+    arrays = [value for value in module.values() if isinstance(value, mx.array)]
+    if "_skiphead" in vars(module) or not arrays or not all(map(is_pending, arrays)):
+        return False
+    if len(arrays) != len(weights_of(module)):  # it is made of other modules
+        return False
+    missing: list[str] = []
     if not any(map(_is_read_from_file, arrays)):
         # Made anew, for want of a file, or because this model has random weights.
-        lost = this_thread.loading.lost_files() if this_thread.loading is not None else []
-        if not lost:
-            return None
-    kind = EmbeddingStandIn if hasattr(module, "as_linear") else StandIn
-    stand_in = kind(module, parent, name, family.name, rank, lost)
-    del parent[name]
-    object.__setattr__(parent, name, stand_in)  # so that Module keeps it out of the tree
-    return stand_in
+        missing = _missing_files() if _loading.is_open else []
+        if not missing:
+            return False
+    left = Left(module, where, missing)
+    vars(module)["_skiphead"] = left
+    for name, array in left.stand_ins.items():
+        module[name] = array
+    kind: Any = type(module)
+    module.__class__ = _class_of(kind)
+    return True
 
 
-def _check_nothing_is_missed(owner: Any, loading: _Loading) -> None:
-    """Raise what upstream would have, if a file that could not be opened is needed here."""
-    for array in _weights(owner).values():
-        if is_pending(array) and not _is_read_from_file(array):
-            raise next(iter(loading.unreadable.values()))
-
-
-def forward_pass(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call `wrapped`, in which what an embedding that stays on disk gives is never evaluated."""
-    if this_thread.embeds_for_shape:
-        return wrapped(*args, **kwargs)
-    this_thread.embeds_for_shape = True
+def _missing_files() -> list[str]:
+    """Files of the checkpoint that is being loaded that are not there, or cannot be opened."""
     try:
-        return wrapped(*args, **kwargs)
-    finally:
-        this_thread.embeds_for_shape = False
+        with open(os.path.join(_loading.folder, "model.safetensors.index.json")) as file:
+            named = set(json.load(file)["weight_map"].values())
+    except (OSError, ValueError, KeyError):
+        named = set()
+    paths = {os.path.join(_loading.folder, name) for name in named}
+    return sorted({p for p in paths if not os.path.exists(p)} | _loading.unreadable.keys())
 
 
-def sharded_load(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+def sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of `mlx_lm.utils.sharded_load`: a file of dead weights only need not be there."""
     try:
         given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     except TypeError:
         given = {}
-    group = given.get("pipeline_group")
-    if group is None or group.size() == 1 or config.active == "off":
+    # Without any group it pipelines some families over all ranks.
+    is_tensor = given.get("pipeline_group") is None and given.get("tensor_group") is not None
+    if config.active == "off" or is_tensor or mx.distributed.init().size() == 1:
         return wrapped(*args, **kwargs)
-    before, this_thread.loading = this_thread.loading, _Loading()
+    _loading.is_open, _loading.unreadable = True, {}
     try:
         loaded = wrapped(*args, **kwargs)
-        for error in this_thread.loading.unreadable.values():
+        for error in _loading.unreadable.values():
             raise error  # nobody has looked whether it is needed
         return loaded
     finally:
-        this_thread.loading = before
+        _loading.is_open, _loading.unreadable = False, {}
 
 
-def load(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of `mx.load`: remembers where the arrays of safetensors files come from."""
-    file = os.path.abspath(args[0]) if args and isinstance(args[0], str | os.PathLike) else ""
-    loading = this_thread.loading
-    if loading is not None:
-        loading.folder = os.path.dirname(file)
+    if config.active == "off" or not (args and isinstance(args[0], str | os.PathLike)):
+        return wrapped(*args, **kwargs)
+    path = os.path.abspath(args[0])
+    if _loading.is_open:
+        _loading.folder = os.path.dirname(path)
     try:
         loaded = wrapped(*args, **kwargs)
     except Exception as error:
-        if loading is None:
+        if not _loading.is_open:
             raise
-        loading.unreadable[file] = error
+        _loading.unreadable[path] = error
         return {}
-    if file.endswith(".safetensors") and isinstance(loaded, dict):
+    if path.endswith(".safetensors") and isinstance(loaded, dict):
         for key, array in loaded.items():
-            _remember(array, _Origin(file, key))
+            number = id(array)  # arrays compare by their elements
+            forget = functools.partial(_forget, number)
+            _origins[number] = weakref.ref(array, forget), _Origin(path, key)
     return loaded
 
 
-_origins: dict[int, tuple[weakref.ref[mx.array], _Origin]] = {}
+def _forget(number: int, _: Any) -> None:
+    _origins.pop(number, None)
 
 
-def _remember(array: mx.array, origin: _Origin) -> None:
-    number = id(array)  # arrays compare by their elements
-    _origins[number] = weakref.ref(array, lambda _: _origins.pop(number, None)), origin
+def save(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """The wrapper of `mx.save_safetensors`: what was left on disk is read, not written as NaN."""
+    arrays = kwargs.get("arrays", args[1] if len(args) > 1 else None)
+    stand_ins = {
+        id(module.get(name)): (module, name)
+        for p in models()
+        for _, reference in p.modules
+        if (module := reference()) is not None and (left := vars(module).get("_skiphead"))
+        for name in left.arrays
+    }
+    if not stand_ins or not isinstance(arrays, dict):
+        return wrapped(*args, **kwargs)
+    full = dict(arrays)
+    for key, array in arrays.items():
+        if id(array) in stand_ins:
+            module, name = stand_ins[id(array)]
+            full[key] = getattr(module, name)
+    if len(args) > 1:
+        args = (args[0], full, *args[2:])
+    else:
+        kwargs = {**kwargs, "arrays": full}
+    return wrapped(*args, **kwargs)
 
 
-def size_of(module: Any) -> int:
-    """The bytes of all weights of `module`, read or not."""
-    return sum(array.nbytes for array in _weights(module).values())
-
-
-def _weights(module: Any) -> dict[str, mx.array]:
+def weights_of(module: Any) -> dict[str, mx.array]:
     """All arrays of `module` by name."""
     weights: dict[str, Any] = dict(tree_flatten(module.parameters()))
     return weights
 
 
-def _origins_of(module: Module) -> dict[str, _Origin]:
-    """By name of a weight of `module`, for those that come from a file as they are."""
-    return {
-        name: _origins[id(array)][1]
-        for name, array in _weights(module).items()
-        if id(array) in _origins
-    }
-
-
-def _read(module: Module) -> None:
-    """Bring the weights of `module` into memory.
-
-    From the file anew where that is known: a lazy array can be evaluated only in the thread that
-    made it, and after an attempt that failed it holds whatever was in memory.
-    """
-    origins = _origins_of(module)
-    files: dict[str, Any] = {file: mx.load(file) for file in {o.file for o in origins.values()}}
-    weights = []
-    for name, (file, key) in origins.items():
-        array, expected = files[file][key], module[name]
-        if (array.shape, array.dtype) != (expected.shape, expected.dtype):
-            raise ValueError(f"{key} was {expected.dtype} {expected.shape} when it was loaded")
-        weights.append((name, array))
-    mx.eval([array for _, array in weights])
-    module.load_weights(weights, strict=False)
-    mx.eval(_weights(module))
+def size_of(module: Any) -> int:
+    """The bytes of all weights of `module`, read or not."""
+    return sum(array.nbytes for array in weights_of(module).values())
 
 
 def is_pending(array: mx.array) -> bool:
@@ -351,19 +406,36 @@ def _graph(array: mx.array) -> str:
     return graph.getvalue()
 
 
-def models() -> tuple[patching.ModelStatus, ...]:
-    """Of each model that is alive, what is on disk now (`status`)."""
-    return tuple(
-        patching.ModelStatus(
-            p.family.name,
-            p.rank,
-            p.ranks,
-            {
-                stand_in._self_name: size
-                for reference in p.stand_ins
-                if (stand_in := reference()) is not None and (size := stand_in._self_bytes())
-            },
-        )
-        for p in _pipelined
-        if p.owner() is not None
+PATCHES = (
+    Patch("sharded_load", "mlx.core", "load", load, drift.anything, "a head is read in its thread"),
+    Patch(
+        "sharded_load",
+        "mlx.core",
+        "save_safetensors",
+        save,
+        drift.anything,
+        "saving a pipelined model writes no head",
+    ),
+    Patch(
+        "sharded_load",
+        LOADING_MODULE,
+        "sharded_load",
+        sharded_load,
+        drift.signature("pipeline_group", "tensor_group"),
+        "files of weights that are never used must be there",
+    ),
+)
+
+
+def patches(family: Family) -> tuple[Patch, ...]:
+    """What leaves the dead weights of `family` on disk."""
+    return (
+        Patch(
+            family.name,
+            family.module,
+            f"{family.stage_class}.pipeline",
+            pipeline,
+            drift.anything,
+            "every rank reads the head",
+        ),
     )

@@ -1,18 +1,72 @@
-"""Does the installed mlx-lm look as the table and the wrapped loops need? A reason if not.
+"""Does a function of the installed mlx-lm look as a patch needs it? Says what differs if not.
 
-Looks at classes and code, runs nothing. What does not fit is left to upstream.
+Looks at code, runs nothing. Each check is made for one row of a table of patches
+(`handles.Patch.needs`): it is given the function and gives "" or a message with what was expected
+and what was found.
 """
 
 from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Iterable
-from operator import attrgetter
-from types import CodeType, ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
-from .families import Family
+from .handles import layers
+
+Needs = Callable[[Any], str]
+
+
+def anything(function: Any) -> str:
+    """For a patch that relies on no more than that its target can be called."""
+    return "" if callable(function) else f"expected a function, found {function!r}"
+
+
+def signature(*parameters: str, is_generator: bool = False) -> Needs:
+    """`parameters`, by name; and with `is_generator` a generator function."""
+
+    def check(function: Any) -> str:
+        has = list(inspect.signature(function).parameters)
+        if missing := [name for name in parameters if name not in has]:
+            return f"expected parameters {', '.join(missing)}, found {', '.join(has)}"
+        code = code_of(function)
+        if is_generator and not (code and code.co_flags & inspect.CO_GENERATOR):
+            return f"expected a generator function, found {_described(function)}"
+        return ""
+
+    return check
+
+
+def uses(*reads: str, assigns: str = "") -> Needs:
+    """Code that reads the attributes `reads`, and assigns one, once."""
+
+    def check(function: Any) -> str:
+        if missing := [name for name in reads if not mentions(function, name)]:
+            return f"expected it to use {', '.join(missing)}, found {_described(function)}"
+        if assigns and (count := mentions(function, assigns, ("STORE_ATTR",))) != 1:
+            return f"expected one assignment of {assigns}, found {count} in {_described(function)}"
+        return ""
+
+    return check
+
+
+def broadcasts(function: Any) -> str:
+    """A pipelined model's ``__call__``, which ends with the hidden broadcast."""
+    count = mentions(function, "all_gather")
+    if count == 1:
+        return ""
+    return (
+        f"expected one call of all_gather, the hidden broadcast, found {count} in "
+        f"{_described(function)}"
+    )
+
+
+def runs_head(function: Any) -> str:
+    """The ``__call__`` of the class that has the head."""
+    if mentions(function, "lm_head") or mentions(function, "as_linear"):
+        return ""
+    return f"expected it to use lm_head or as_linear, found neither in {_described(function)}"
 
 
 def is_pipelined(module: ModuleType) -> bool:
@@ -21,100 +75,32 @@ def is_pipelined(module: ModuleType) -> bool:
     return any(hasattr(cls, "pipeline") for cls in classes if cls.__name__ != "PipelineMixin")
 
 
-def family_drift(family: Family, module: ModuleType) -> str | None:
-    """Why `family` of the installed mlx-lm cannot be patched, or None where it can."""
-    for name in ("Model", family.head_class, family.stage_class):
-        if not inspect.isclass(getattr(module, name, None)):
-            return f"{module.__name__} has no class {name}"
-    stage = getattr(module, family.stage_class)
-    for name in ("pipeline", "__call__"):
-        if not callable(getattr(stage, name, None)):
-            return f"{module.__name__}.{family.stage_class} has no {name}()"
-    broadcasts = _mentions(stage.__call__, "all_gather")
-    if broadcasts != 1:
-        return (
-            f"{module.__name__}.{family.stage_class} has {broadcasts} calls of all_gather where "
-            "one was expected, the hidden broadcast"
-        )
-    head = getattr(module, family.head_class)
-    if not (_mentions(head.__call__, "lm_head") or _mentions(head.__call__, "as_linear")):
-        return f"{module.__name__}.{family.head_class} runs no lm_head"
-    return None
+def code_of(function: Any) -> CodeType | None:
+    """The code that a call of `function` ends in, under its wrappers."""
+    *_, last = layers(function)
+    last = getattr(last, "__func__", last)
+    return last.__code__ if isinstance(last, FunctionType) else None
 
 
-def alias_drift(family: Family, module: ModuleType, base: ModuleType) -> str | None:
-    """Why `Model` of `module` is not covered by what is patched in `base`, or None."""
-    model = getattr(module, "Model", None)
-    if not (inspect.isclass(model) and issubclass(model, base.Model)):
-        return f"{module.__name__}.Model is no {base.__name__}.Model"
-    if model is not base.Model and "__call__" in vars(model):
-        return f"{module.__name__}.Model has a __call__ of its own"
-    return None
-
-
-class _Needs(NamedTuple):
-    """What the wrapper of a function relies on."""
-
-    parameters: tuple[str, ...] = ()
-    is_generator: bool = False
-    reads: tuple[str, ...] = ()
-    """Attributes that its code reads."""
-    assigns: str = ""
-    """An attribute that its code assigns once."""
-
-
-_LOOPS = {
-    "generate_step": _Needs(
-        ("model", "sampler", "logits_processors", "prompt_progress_callback"), is_generator=True
-    ),
-    "speculative_generate_step": _Needs(
-        ("model", "draft_model", "sampler", "logits_processors"), is_generator=True
-    ),
-    "GenerationBatch._step": _Needs(
-        reads=("model", "uids", "samplers", "fallback_sampler", "logits_processors"),
-        assigns="_next_tokens",
-    ),
-    "PromptProcessingBatch.prompt": _Needs(reads=("model",)),
-    "GenerationBatch.filter": _Needs(("keep",)),
-    "BatchGenerator.close": _Needs(reads=("_stream",)),
-}
-
-
-def loop_drift(path: str, module: ModuleType) -> str | None:
-    """Why a function of mlx-lm's generation loops cannot be wrapped, or None where it can."""
-    try:
-        function = attrgetter(path)(module)
-    except AttributeError as error:
-        return str(error)
-    needs = _LOOPS[path]
-    if needs.is_generator and not inspect.isgeneratorfunction(function):
-        return "it is not a generator function"
-    missing = [n for n in needs.parameters if n not in inspect.signature(function).parameters]
-    if missing:
-        return f"it has no parameter {', '.join(missing)}"
-    missing = [n for n in needs.reads if not _mentions(function, n)]
-    if missing:
-        return f"it does not read {', '.join(missing)}"
-    if needs.assigns and _mentions(function, needs.assigns, ("STORE_ATTR",)) != 1:
-        return f"it does not assign {needs.assigns} once"
-    return None
-
-
-def _mentions(
-    function: Callable[..., Any], name: str, how: tuple[str, ...] = ("LOAD_ATTR", "LOAD_METHOD")
-) -> int:
+def mentions(function: Any, name: str, how: tuple[str, ...] = ("LOAD_ATTR", "LOAD_METHOD")) -> int:
     """How often the code of `function`, and of functions inside it, uses the attribute `name`."""
-    code = inspect.unwrap(function).__code__
+    code = code_of(function)
     return sum(
         instruction.argval == name
-        for part in _with_inner(code)
+        for part in (_with_inner(code) if code else ())
         for instruction in dis.get_instructions(part)
         if instruction.opname in how
     )
 
 
-def _with_inner(code: CodeType) -> Iterable[CodeType]:
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _with_inner(constant)
+
+
+def _described(function: Any) -> str:
+    *_, last = layers(function)
+    name = getattr(last, "__qualname__", repr(last))
+    return f"{name} of {getattr(code_of(function), 'co_filename', 'no Python file')}"

@@ -1,166 +1,183 @@
-"""What is wrapped around a family: a forward pass that ends before its head.
+"""What is wrapped in a family: its forward pass, with two arrays replaced.
 
-Upstream's own code runs, unchanged, up to the point where the head would follow. Only then, and
-only on a worker, its frames are left by an exception that `model_call` catches again. So there
-is no copy of upstream's forward pass here, and no family has code of its own.
+Upstream's own code runs, unchanged and to its end. In a run the hidden broadcast is replaced by
+what it was given, on all ranks; and on a worker the logits by NaN of the same shape and type. So
+nobody asks for a worker's head, and MLX never computes it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
 
-from . import config
-from .dead_weights import forward_pass
+from . import config, drift
 from .families import Family
-from .patching import LOOPS_MODULE
+from .handles import Patch, Wrapper, layers
+from .registry import broadcast_code
 from .sharing import Run, this_thread
 
-Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+LOOPS_MODULE = "mlx_lm.generate"
 
 
-class _Forward:
-    """A call of `Model.__call__` that is to be cut short, while it lasts."""
+class Forward:
+    """A call of `Model.__call__`, or of the pipelined model alone, while it lasts."""
 
-    def __init__(self, stage: Any, *, run: Run | None, skip_head: bool) -> None:
+    def __init__(self, stage: Any, run: Run | None, code: CodeType | None, skips_head: bool):
         self.stage = stage
         self.run = run
-        self.skip_head = skip_head
-        self.sent: mx.array | None = None
-        """What the hidden broadcast was given, in a run: ``(B, L, H)``, on a worker its send."""
+        self.code = code
+        """That of `stage` which has the hidden broadcast."""
+        self.skips_head = skips_head
+        """Whether its logits are not used, so that the head's weights need not be read."""
+        self.has_broadcast = False
+        self.hidden: Any = None
+        """The final hidden states ``(B, L, H)``."""
+        self._before: Forward | None = None
 
+    def __enter__(self) -> None:
+        self._before, this_thread.forward = this_thread.forward, self
 
-class _BeforeHead(BaseException):
-    """Leaves upstream's frames with the final hidden states, just before the head."""
-
-    def __init__(self, forward: _Forward, hidden: mx.array) -> None:
-        self.forward = forward
-        self.hidden = hidden
+    def __exit__(self, *_: Any) -> None:
+        this_thread.forward, self._before = self._before, None
 
 
 def model_call(family: Family) -> Wrapper:
     """The wrapper of `Model.__call__` of `family`, or of the class inside it that has the head.
 
-    One rank, or rank 0 outside a run: upstream's call. Otherwise, by ``pipeline_rank``:
-
-    - a step of a run: upstream's call without the hidden broadcast; on a worker without the
-      head too, giving ``(B, L, V)`` of NaN that takes no memory.
-    - any other call: upstream's, on every rank, unless the mode is "hidden": then a worker
-      gives the final hidden states ``(B, L, hidden)`` in place of logits, except to a loop of
-      mlx-lm's that is not wrapped and would sample from them.
+    One rank, or outside a run: upstream's call, unless the mode is "hidden": then a worker gives
+    the final hidden states ``(B, L, hidden)`` in place of logits, except to a loop of mlx-lm's that
+    is not wrapped and would sample from them. In a run: upstream's call without the hidden
+    broadcast, and on a worker NaN in place of all arrays that it returns, logits ``(B, L, V)``
+    first.
     """
 
-    def call(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
-        run = this_thread.run
-        if run is not None and run.owner is not None and run.owner is not owner:
-            run = None  # of another model
-        stage = family.stage_of(owner) if run is None or run.stage is None else run.stage
+    def call(wrapped: Any, owner: Any, args: Any, kwargs: Any) -> Any:
+        stage = family.stage_of(owner)
         if stage.pipeline_size == 1:
             return wrapped(*args, **kwargs)
-        if this_thread.alone:
-            raise RuntimeError(
-                f"{this_thread.alone} called a pipelined model. With mlx-lm-skiphead, samplers "
-                "and logits processors run on rank 0 alone, so the other ranks would wait for "
-                "ever. Call mlx_lm_skiphead.uninstall() on all ranks before this generation."
-            )
+        run, code = this_thread.run, broadcast_code(stage)
+        if run is not None and (code is None or (run.owner is not None and run.owner is not owner)):
+            run = None  # of another model
         is_worker = stage.pipeline_rank != 0
+        gives_hidden = (
+            run is None and config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm()
+        )
+        forward = Forward(stage, run, code, is_worker and (run is not None or gives_hidden))
         if run is not None:
-            forward = _Forward(stage, run=run, skip_head=is_worker)
-        elif config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm():
-            forward = _Forward(stage, run=None, skip_head=True)
-        else:
-            return forward_pass(wrapped, args, kwargs)
-
-        before, this_thread.forward = this_thread.forward, forward
-        try:
-            logits = forward_pass(wrapped, args, kwargs)
-        except _BeforeHead as reached:
-            if reached.forward is not forward:
-                raise
-            hidden = reached.hidden
-            if run is None:
-                return hidden
-            made = run.placeholder
-            if made is None or made.shape[:2] != hidden.shape[:2] or made.dtype != hidden.dtype:
-                made = _placeholder(hidden, vocabulary=family.head_of(owner).weight.shape[0])
-                if run.owner is owner:
-                    run.placeholder, run.logsumexp = made, None
-            logits = made
-            if run.owner is None and forward.sent is not None:
-                # A loop of the user's may look at the logits, and must not hang the others then.
-                logits = mx.depends(logits, forward.sent)
-        finally:
-            this_thread.forward = before
-        if run is not None:
-            if forward.sent is None:
-                raise RuntimeError(
-                    f"mlx_lm.models.{family.name} ran without a hidden broadcast, so "
-                    "mlx-lm-skiphead cannot skip its head. Unset MLX_LM_SKIPHEAD on all ranks "
-                    "to use this mlx-lm."
-                )
-            run.sent = forward.sent
-            run.vocabulary = logits.shape[-1]
-            if not is_worker:
-                this_thread.alone = run.then_alone
-        return logits
+            run.begin_forward()
+        with forward:
+            out = wrapped(*args, **kwargs)
+        if gives_hidden and forward.hidden is not None:
+            return forward.hidden
+        if run is None:
+            return out
+        flat: Any = tree_flatten([out])
+        arrays = [value for _, value in flat if value is not None]
+        if not forward.has_broadcast or not all(isinstance(a, mx.array) for a in arrays):
+            what = "returned something that is no array" if forward.has_broadcast else "ran without"
+            raise RuntimeError(
+                f"mlx_lm.models.{family.name} {what}"
+                f"{'' if forward.has_broadcast else ' a hidden broadcast'}, so mlx-lm-skiphead "
+                "cannot skip its head. Unset MLX_LM_SKIPHEAD on all ranks to use it."
+            )
+        run.vocabulary = arrays[0].shape[-1]
+        run.inputs = args[0] if args else None
+        if not is_worker:
+            return out
+        # Somebody may look at the logits of an extra call, and must not hang the others then.
+        return tree_map(lambda a: not_computed(a, run.sent if run.is_extra else None), out)
 
     return call
 
 
-def stage_call(
-    wrapped: Callable[..., Any], stage: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """The wrapper of the pipelined model's ``__call__``, behind which the head would follow."""
-    hidden = forward_pass(wrapped, args, kwargs)
+def stage_call(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
+    """The wrapper of the pipelined model's ``__call__``, whose hidden states mode "hidden" gives.
+
+    Of its own accord it changes nothing.
+    """
     forward = this_thread.forward
-    if forward is not None and forward.stage is stage and forward.skip_head:
-        raise _BeforeHead(forward, hidden)
-    return hidden
+    if forward is not None and forward.stage is stage:
+        forward.hidden = wrapped(*args, **kwargs)
+        return forward.hidden
+    if getattr(stage, "pipeline_size", 1) == 1:
+        return wrapped(*args, **kwargs)
+    with Forward(stage, None, None, False):  # a user's own call of it
+        return wrapped(*args, **kwargs)
 
 
-def all_gather(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def all_gather(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of `mx.distributed.all_gather`: the identity for the hidden broadcast of a run.
 
     Keeping the broadcast beside the token share would cost a collective more than upstream. The
-    caller takes its first B rows, so the identity is what rank 0 would get. All other calls (with
-    a group, outside a forward pass, in another thread) are upstream's.
+    caller takes its first B rows, so the identity is what rank 0 would get. All other calls are
+    upstream's, other packages' within a forward pass too.
     """
     forward = this_thread.forward
-    if forward is None or forward.run is None or kwargs or len(args) != 1:
+    if forward is None or forward.run is None or not _is_called_by(forward.code):
         return wrapped(*args, **kwargs)
-    forward.sent = args[0]
+    forward.has_broadcast = True
+    forward.run.sent.append(args[0])
+    forward.run.broadcast = args[1:], kwargs
     return args[0]
 
 
-def logsumexp(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """The wrapper of `mx.logsumexp`, by which mlx-lm's loops make logprobs ``(..., V)``.
+def patches(family: Family) -> tuple[Patch, ...]:
+    """What ends the hidden broadcast and the head of `family`."""
+    head_lost = "every rank runs the head"
+    return (
+        Patch(
+            family.name,
+            "mlx.core",
+            "distributed.all_gather",
+            all_gather,
+            drift.anything,
+            head_lost,
+        ),
+        Patch(
+            family.name,
+            family.module,
+            f"{family.stage_class}.__call__",
+            stage_call,
+            drift.broadcasts,
+            head_lost,
+        ),
+        Patch(
+            family.name,
+            family.module,
+            f"{family.head_class}.__call__",
+            model_call(family),
+            drift.runs_head,
+            head_lost,
+        ),
+    )
 
-    Of a worker's placeholder it is NaN, ``(..., 1)``, without a pass over the vocabulary. The
-    difference of the two then is one number in memory too. All other calls are upstream's.
+
+def not_computed(array: mx.array, after: list[mx.array] | None = None) -> mx.array:
+    """In the place of `array`, without its memory: NaN, or zeros where its type has no NaN.
+
+    NaN since a number that was never computed must not look like one; in full shape since MLX
+    checks no bounds and every rank indexes its logprobs by token.
     """
-    run = this_thread.run
-    if (
-        run is None
-        or not run.is_worker
-        or run.sent is None  # shared already, or what comes is a draft model's
-        or run.owner is None  # a loop of the user's
-        or len(args) != 1
-        or not kwargs.get("keepdims")
-        or args[0].shape[-1] != run.vocabulary
+    is_float = mx.issubdtype(array.dtype, mx.inexact)
+    one = mx.array(float("nan") if is_float else 0, array.dtype)
+    return mx.broadcast_to(mx.depends(one, after) if after else one, array.shape)
+
+
+def _is_called_by(code: CodeType | None) -> bool:
+    """Whether the wrapper above this is called by `code`, through patches of others at most."""
+    frame: FrameType | None = sys._getframe(2)
+    if frame is not None and frame.f_code is code:
+        return True
+    above = {getattr(layer, "__code__", None) for layer in layers(mx.distributed.all_gather)}
+    while frame is not None and (
+        frame.f_code in above or frame.f_globals.get("__name__", "").startswith("wrapt.")
     ):
-        return wrapped(*args, **kwargs)
-    known = run.logsumexp
-    if known is None or known.shape[:-1] != args[0].shape[:-1]:
-        known = run.logsumexp = args[0][..., :1]
-    return known
+        frame = frame.f_back
+    return frame is not None and frame.f_code is code
 
 
 def _in_loop_of_mlx_lm() -> bool:
@@ -172,12 +189,3 @@ def _in_loop_of_mlx_lm() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _placeholder(hidden: mx.array, vocabulary: int) -> mx.array:
-    """Stands in for the logits of ``hidden (B, L, H)``: NaN, ``(B, L, V)``, one number in memory.
-
-    NaN since a number that was never computed must not look like one; V wide since MLX checks no
-    bounds and every rank indexes its logprobs by token.
-    """
-    return mx.broadcast_to(mx.array(float("nan"), hidden.dtype), (*hidden.shape[:2], vocabulary))

@@ -1,16 +1,18 @@
-"""The scope in which heads are skipped, and the token share that makes it right.
+"""The token share: every rank gets the ids that rank 0 sampled, with one collective a step.
 
-A `Run` is open in a thread while a loop builds a step of a pipelined model. In it the model's
-forward pass ends before the head on workers, and leaves out the hidden broadcast on all ranks
-(head.py). After sampling, `Run.share` gives every rank rank 0's tokens, with the one collective
-of the step.
+A `Run` is one generation over a pipelined model, on one rank. While a step of it is being built,
+in its ``with`` block, the model's hidden broadcast is left out and a worker's logits are NaN
+(head.py). Samplers and logits processors run on every rank, as upstream; `Run.share` then puts
+rank 0's ids in the place of what each rank sampled, and MLX never computes what nobody uses.
 
-Words: the *head rank* is rank 0, which runs the last layers and the head and samples; a *worker*
-is any other rank.
+Words: the *head rank* is rank 0, which runs the last layers and the head; a *worker* is any other
+rank; the *hidden broadcast* is the ``all_gather`` by which upstream gives all ranks the input of
+the head.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,158 +21,213 @@ from typing import Any
 
 import mlx.core as mx
 
-from .rest import rest
+from . import config
+
+log = logging.getLogger("mlx_lm_skiphead")
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
-
-FAILED = [0xFFFFFFFF, 0xFFFFFFFF]
-"""In the place of the random key: rank 0 could not sample, and the ids are not to be used."""
+COMPUTED_EVERY = 32
+"""Steps after which a worker computes what it sampled itself, so that the graph of a sampler's own
+state (a random key, say) does not grow for ever."""
 
 
 class _PerThread(threading.local):
     run: Run | None = None
     """The run whose step this thread is building."""
-
     forward: Any = None
-    """The forward pass that is to be cut short (head.py), while it is being built."""
-
-    alone: str = ""
-    """What runs on rank 0 only at the moment ("a sampler"), or ""."""
-
+    """The forward pass of a pipelined model that is being built (head.py)."""
     unshared: Run | None = None
-    """What `rank_zero_head` opened last, until `share_tokens`."""
-
-    embeds_for_shape: bool = False
-    """Whether a forward pass is being built (dead_weights.py)."""
-
-    loading: Any = None
-    """The call of `sharded_load` for a pipeline (dead_weights.py), while it lasts."""
-
-    batch_run: Run | None = None
-    """Of the last step of a batch, while one goes on."""
-
-    last_share: tuple[mx.array, int, bool] | None = None
-    """The last share, where in it rank 0's random key is, and whether this rank has yet to take
-    that over."""
+    """What `rank_zero_head` has called, until `share_tokens`."""
 
 
 this_thread = _PerThread()
 
 
 class Run:
-    """A loop over a pipelined model, on one rank. Its steps are built in its ``with`` block.
+    """A generation over a pipelined model, on one rank. Its steps are built in its ``with`` block.
 
     Args:
         owner: the head owner within the model (`Family.owner_of`), or None for any model.
         is_worker: whether this is any rank but 0.
-        stage: the pipelined model within `owner`, if that is one.
     """
 
-    def __init__(self, owner: Any, is_worker: bool, stage: Any = None) -> None:
+    def __init__(self, owner: Any, is_worker: bool) -> None:
         self.owner = owner
         self.is_worker = is_worker
-        self.stage = stage
-        self._before: Run | None = None
-        self._nothing: mx.array | None = None
-        """What a worker adds to a share: zeros, made once."""
-        self._rest = rest() if is_worker else None
-        self.sent: mx.array | None = None
-        """What the last forward pass left out of the hidden broadcast, ``(B, L, H)``: on a worker
-        its send. None once it has been shared."""
+        self.sent: list[mx.array] = []
+        """What was left out of the hidden broadcast since the last share, ``(B, L, H)`` each: on a
+        worker its sends."""
+        self.broadcast: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        """How upstream calls the hidden broadcast: a group or a stream, if it gives one."""
+        self.inputs: mx.array | None = None
+        """Ids that the last forward pass was given, ``(B, L)``."""
         self.vocabulary = 0
         """The width of its logits."""
-        self.placeholder: mx.array | None = None
-        """A worker's logits, which are the same in each step."""
-        self.logsumexp: mx.array | None = None
-        """Of those."""
-        self.model: Any = None
-        """The whole model, where the run is of a batch."""
-        self.then_alone = ""
-        """What runs on rank 0 only as soon as the forward pass is built, or ""."""
-        self.failure: Exception | None = None
-        """What a sampler or a logits processor has raised, on rank 0."""
-        self.failed = False
-        """Whether `check` has raised."""
-        self.shares: deque[tuple[mx.array, int]] = deque()
-        """Those that have yet to be looked at, and how many ids they have (`check`)."""
+        self.is_sampling = False
+        """Whether a sampler or a logits processor is being called."""
+        self.failure: BaseException | None = None
+        """What one of them has raised on this rank, in the step that is being built."""
+        self.has_failed = False
+        """Whether all ranks have raised."""
+        self.shares: deque[tuple[mx.array, int, mx.array | None]] = deque()
+        """Those that `check` has yet to look at: the share, how many ids, `mx.random`'s key before
+        the step."""
+        self.last: mx.array | None = None
+        """The last share."""
+        self._before: Run | None = None
+        self._key: mx.array | None = None
+        """Of `mx.random`, when the step began or, on a worker, when it failed."""
+        self._steps = 0
+        self._has_warned = False
 
     def __enter__(self) -> None:
         """From here on calls of this run's model, in this thread, are steps of the loop."""
         self._before, this_thread.run = this_thread.run, self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, *_: Any) -> None:
         this_thread.run, self._before = self._before, None
-        if kind is not None and issubclass(kind, Exception):
-            # What is in flight may never arrive: nobody is to wait for it (`finish`).
-            this_thread.last_share = None
 
-    def share(self, tokens: mx.array | None, size: int) -> mx.array:
-        """Give every rank the tokens that rank 0 sampled: the token share.
+    @property
+    def is_extra(self) -> bool:
+        """Whether a call of the model is not the loop's one call for a token."""
+        return self.owner is None or self.is_sampling
 
-        Rank 0's key of `mx.random` travels with them, so that random numbers drawn on every
-        rank after the loop agree, as they do when every rank samples (`finish`).
+    def begin_forward(self) -> None:
+        """A forward pass follows. What is left of an earlier one that was not shared is ordered.
 
-        If rank 0 has failed to sample, it shares that; `check` raises it on all ranks. Where ranks
-        share the cores of a CPU, a worker first evaluates its send and sleeps (rest.py).
+        Ranks must send and receive in one order. Within a graph MLX may choose; so what came first
+        is begun first. A loop's own calls without a share are its prefill, which it evaluates.
+        """
+        if self.sent and self.is_extra:
+            mx.async_eval(self.sent)  # type: ignore[no-untyped-call]
+        elif self.sent:
+            self.sent.clear()
+        if not self.is_sampling and self.failure is None:
+            self._key = _random_key()
+
+    def share(
+        self, tokens: mx.array | None, size: int, compare: mx.array | None = None
+    ) -> mx.array:
+        """Give every rank the ids that rank 0 sampled: the token share.
+
+        What a worker adds depends on its own sends and on nothing else, so that they happen. Each
+        rank adds whether it failed to sample (`attempt`); where all did, each raises its own error
+        here, as upstream would. Where only rank 0 and some others did, `check` raises in the next
+        step; where only workers did, they go on, since the ids are rank 0's anyway.
 
         Args:
-            tokens: ids of shape ``(size,)`` on rank 0, ignored on workers.
+            tokens: ids of shape ``(size,)``; only rank 0's count. None if sampling failed.
             size: the same on all ranks.
+            compare: ids of shape ``(M,)`` that must be the same on all ranks; `differing` tells.
 
         Returns:
-            Rank 0's ids on every rank, uint32, shape ``(size,)``.
+            Rank 0's ids on every rank, shape ``(size,)``, in the type of `tokens`.
         """
-        if self.sent is None:
+        if not self.sent:
             raise RuntimeError(
                 "A loop of mlx-lm sampled without a step of its pipelined model: another patch has "
                 "taken the place of mlx-lm-skiphead's. Unset MLX_LM_SKIPHEAD on all ranks, or "
                 "import that package first."
             )
-        if self.is_worker:
-            if self._rest is not None:
-                last, of_size = self.shares[-1] if self.shares else (None, 0)
-                self._rest.take(last if of_size == size else None, self.sent)
-            nothing = self._nothing
-            if nothing is None or nothing.size != size + 2:
-                nothing = self._nothing = mx.zeros((size + 2,), mx.uint32, stream=mx.cpu)
-            # Evaluating a worker's share must force its send, and should wait for nothing else:
-            # no work of the GPU, no wait of the GPU.
-            mine = mx.depends(nothing, self.sent)
+        if self.failure is None and (not isinstance(tokens, mx.array) or tokens.shape != (size,)):
+            self.failure = ValueError(
+                f"The sampler returned {_described(tokens)} where mlx-lm shares one token for each "
+                f"of {size} rows of logprobs: an array of shape ({size},)."
+            )
+        failed = self.failure is not None
+        sent, self.sent = self.sent, []
+        if self.is_worker or failed:
+            nothing = mx.array([0] * size + [int(failed)], mx.uint32)
+            mine = _after(nothing, sent)
         else:
-            if self.failure is None and (tokens is None or tokens.shape != (size,)):
-                self.failure = ValueError(
-                    f"The sampler returned {_shape(tokens)} where mlx-lm-skiphead shares one token "
-                    f"for each of {size} rows of logprobs: an array of shape ({size},)."
-                )
-            if self.failure is None:
-                assert tokens is not None
-                state: Any = mx.random.state
-                # Where they have been computed: one wait of the CPU for the GPU, as upstream's.
-                mine = mx.concatenate([tokens.astype(mx.uint32), state[0]])
-            else:
-                # What the other ranks send in this step must be received all the same.
-                mine = mx.depends(mx.array([0] * size + FAILED, mx.uint32), self.sent)
-        self.sent = None
+            assert tokens is not None
+            ids = tokens.astype(mx.uint32)
+            if len(sent) > 1:
+                ids = mx.depends(ids, sent)
+            # On the CPU's stream: the GPU is waited for once, as for upstream's broadcast.
+            mine = mx.concatenate([ids, mx.array([0], mx.uint32)], stream=mx.cpu)
+        if compare is not None:
+            mine = mx.concatenate([mine, compare.astype(mx.uint32)], stream=mx.cpu)
+        args, kwargs = self.broadcast
         # On the stream that upstream's sends and receives take too: their order is the protocol.
-        everyone = mx.distributed.all_gather(mine)
-        this_thread.last_share = (everyone, size, self.is_worker)
-        self.shares.append((everyone, size))
-        return self.valid(everyone[:size])
+        everyone = self.last = mx.distributed.all_gather(mine, *args, **kwargs)
+        self.shares.append((everyone, size, self._key))
+        if failed:
+            self._settle(everyone, size, mine.size)
+        self._steps += 1
+        if self.is_worker and tokens is not None and self._steps % COMPUTED_EVERY == 0:
+            mx.async_eval(tokens)  # type: ignore[no-untyped-call]
+        shared = self.valid(everyone[:size])
+        return shared.astype(tokens.dtype) if isinstance(tokens, mx.array) else shared
 
     def attempt(self, function: Callable[..., mx.array], *args: mx.array) -> mx.array | None:
-        """What `function` gives; None, and a `failure`, if it raises or something has before.
+        """What a sampler or a logits processor gives; None, and a `failure`, if it raises.
 
-        The other ranks must not wait for what never comes: the step is finished, then `check`
-        raises on all of them.
+        The other ranks must not wait for what never comes: the step is finished first. What comes
+        after a failure is not called on rank 0, as upstream; a worker's failure may be its own (it
+        looked at NaN), and what counts calls must count them all the same.
         """
-        if self.failure is None:
-            try:
-                return function(*args)
-            except Exception as error:
-                self.failure = error
-        return None
+        if self.failure is not None and not self.is_worker:
+            return None
+        before, self.is_sampling = self.is_sampling, True
+        try:
+            return function(*args)
+        except BaseException as error:
+            if self.failure is None:
+                self.failure, self._key = error, _random_key()
+            return None
+        finally:
+            self.is_sampling = before
+
+    def sampling(self, sampler: Sampler) -> Sampler:
+        """`sampler`, which gives every rank rank 0's ids, ``(B,)`` of logprobs ``(B, V)``."""
+
+        def sample(logprobs: mx.array) -> mx.array:
+            return self.share(self.attempt(sampler, logprobs), logprobs.shape[0])
+
+        return sample
+
+    def processing(self, processor: LogitsProcessor) -> LogitsProcessor:
+        """`processor`, whose failure waits until the step has been shared."""
+
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            processed = self.attempt(processor, tokens, logits)
+            return logits if processed is None else processed
+
+        return process
+
+    def _settle(self, everyone: mx.array, size: int, width: int) -> None:
+        """This rank failed to sample: raise if all did, go on if rank 0 did not. Waits for that."""
+        numbers: Any = everyone.tolist()
+        failed = numbers[size::width]
+        if all(failed):
+            self._raise(self._key)
+        if not failed[0]:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Rank 0 has sampled, so what this worker's sampler or processor raised is no error."""
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "A sampler or a logits processor failed on this rank only, where the logits are "
+                "NaN (%r). That changes nothing: the tokens are rank 0's.",
+                self.failure,
+            )
+        self.failure = None
+
+    def _raise(self, key: mx.array | None) -> None:
+        if self.is_worker and key is not None:
+            _set_random_key(key)  # rank 0 has drawn no more since then
+        self.shares.clear()
+        self.has_failed = True
+        error, self.failure = self.failure, None
+        raise error or RuntimeError(
+            "A sampler or a logits processor failed on rank 0; the error is in the output of that "
+            "rank."
+        )
 
     def check(self, in_flight: int) -> None:
         """Raise what made rank 0 fail, on all ranks, before its ids are given out.
@@ -179,17 +236,24 @@ class Run:
             in_flight: how many of the last shares are not to be waited for.
         """
         while len(self.shares) > in_flight:
-            share, size = self.shares.popleft()
-            if self.failure is None and not self.is_worker:
-                continue
-            numbers: Any = share.tolist()
-            if numbers[size : size + 2] == FAILED:
-                self.shares.clear()
-                self.failed = True
-                raise self.failure or RuntimeError(
-                    "A sampler or a logits processor failed on rank 0, where mlx-lm-skiphead runs "
-                    "them; the error is in the output of that rank."
-                )
+            share, size, key = self.shares[0]
+            if self.is_worker or self.failure is not None:
+                numbers: Any = share.tolist()
+                if numbers[size]:
+                    self._raise(key)
+            self.shares.popleft()
+        if self.failure is not None and not self.shares:
+            self._go_on()
+
+    def differing(self) -> str:
+        """In what the ranks differ of what the last share compared, or ""; waits for it."""
+        share, size, _ = self.shares[-1]
+        ranks = mx.distributed.init().size()
+        numbers: Any = share.reshape(ranks, -1).tolist()
+        rows = [row[size + 1 :] for row in numbers]
+        if all(row == rows[0] for row in rows):
+            return ""
+        return "; ".join(f"{row} on rank {rank}" for rank, row in enumerate(rows))
 
     def valid(self, tokens: mx.array) -> mx.array:
         """`tokens` within the vocabulary.
@@ -199,9 +263,22 @@ class Run:
         raised. With a GPU nothing is done: ranks of 4 GPUs stood still with more work of the CPU
         between their steps.
         """
-        if mx.default_device() == mx.cpu:
+        if self.vocabulary and mx.default_device() == mx.cpu:
             return mx.minimum(tokens, self.vocabulary - 1)
         return tokens
+
+    def finish(self, stream: Any) -> None:
+        """Wait for the last step, so that no rank leaves while another is still sending.
+
+        mlx-lm's loops have a step in flight when they return.
+
+        Args:
+            stream: what the loop computes on.
+        """
+        if self.last is not None:
+            mx.eval(self.last)
+            self.last = None
+            mx.synchronize(stream)
 
 
 @contextmanager
@@ -210,28 +287,26 @@ def rank_zero_head() -> Iterator[None]:
 
     A pipelined model that is called in the ``with`` block gives its logits ``(B, L, V)`` on rank 0,
     and on the other ranks NaN of that shape. Sample, and give the tokens to `share_tokens`: every
-    rank goes on with rank 0's. A call that only fills the cache needs no sharing; evaluate the
-    cache then, as mlx-lm's loops do.
+    rank goes on with rank 0's. There may be several calls for a token, in one block or in more. A
+    call that only fills the cache needs no sharing; evaluate the cache then, as mlx-lm's loops do.
 
     All ranks must do the same. Where the plugin is off or the model is not patched, a call is
     upstream's. A loop of mlx-lm needs none of this, and is not affected by it.
     """
-    from . import config
-
     if config.active == "off":
         yield
         return
-    run = Run(None, mx.distributed.init().rank() != 0)
+    run = this_thread.unshared or Run(None, mx.distributed.init().rank() != 0)
     with run:
         yield
-    this_thread.unshared = run if run.sent is not None else None
+    this_thread.unshared = run if run.sent else None
 
 
 def share_tokens(tokens: mx.array) -> mx.array:
     """Give every rank rank 0's tokens, with one collective; for a loop of your own.
 
     On one rank, `tokens` itself. Otherwise all ranks must call it, after each step, whether the
-    plugin is on or off.
+    plugin is on or off. The exchange begins at once, whether its result is used or not.
 
     Args:
         tokens: ids, integers of any shape. The shape must be the same on all ranks; of the ids
@@ -248,7 +323,7 @@ def share_tokens(tokens: mx.array) -> mx.array:
     if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
         given = tokens.dtype if isinstance(tokens, mx.array) else type(tokens).__name__
         raise TypeError(f"share_tokens() takes an array of token ids, integers, not {given}.")
-    if this_thread.run is not None or this_thread.alone:
+    if this_thread.run is not None:
         raise RuntimeError(
             "share_tokens() was called inside a rank_zero_head() block or a loop of mlx-lm. Call "
             "it behind the block; loops of mlx-lm share their tokens themselves."
@@ -256,66 +331,26 @@ def share_tokens(tokens: mx.array) -> mx.array:
     group = mx.distributed.init()
     if group.size() == 1:
         return tokens
-    run, this_thread.unshared = this_thread.unshared, None
-    after = tokens
-    if run is not None and run.sent is not None:
-        batch = run.sent.shape[0]
+    run, sent = this_thread.unshared, []
+    if run is not None and run.sent:
+        batch = run.sent[-1].shape[0]
         if tokens.ndim == 0 or tokens.shape[0] != batch:
             raise ValueError(
                 f"share_tokens() got tokens of shape {tokens.shape} after a model call with a "
                 f"batch of {batch}. The shape must be the same on all ranks, the batch first."
             )
-        after = run.sent
+        sent, this_thread.unshared = run.sent, None
     if group.rank() == 0:
         mine = tokens.astype(mx.uint32).flatten()
+        mine = mx.depends(mine, sent) if sent else mine
     else:
-        mine = mx.depends(mx.zeros((tokens.size,), mx.uint32, stream=mx.cpu), after)
+        mine = _after(mx.zeros((tokens.size,), mx.uint32, stream=mx.cpu), sent or [tokens])
     everyone = mx.distributed.all_gather(mine)[: tokens.size]
     if run is not None:
         everyone = run.valid(everyone)
-    return everyone.reshape(tokens.shape).astype(tokens.dtype)
-
-
-def take_over_random_key() -> None:
-    """On a worker: draw on from where rank 0's sampling has got to. Waits for the last share."""
-    if this_thread.last_share is None:
-        return
-    share, place, pending = this_thread.last_share
-    this_thread.last_share = (share, place, False)
-    if pending:
-        numbers: Any = share.tolist()
-        key = numbers[place : place + 2]
-        if key != FAILED:
-            mx.random.seed(key[0] << 32 | key[1])
-
-
-def finish(stream: Any) -> None:
-    """Wait for the last step, so that no rank leaves while another is still sending.
-
-    mlx-lm's loops have a step in flight when they return.
-
-    Args:
-        stream: what the loop computes on.
-    """
-    if this_thread.last_share is None:
-        return
-    take_over_random_key()
-    mx.eval(this_thread.last_share[0])
-    mx.synchronize(stream)
-    this_thread.last_share = None
-
-
-def on_rank_zero_only(function: Callable[..., mx.array], what: str) -> Callable[..., mx.array]:
-    """`function`, unless it calls a pipelined model: the other ranks would never join in."""
-
-    def guarded(*args: mx.array) -> mx.array:
-        before, this_thread.alone = this_thread.alone, what
-        try:
-            return function(*args)
-        finally:
-            this_thread.alone = before
-
-    return guarded
+    shared = everyone.reshape(tokens.shape).astype(tokens.dtype)
+    mx.async_eval(shared)  # type: ignore[no-untyped-call]
+    return shared
 
 
 def outside(callback: Callable[..., None] | None) -> Callable[..., None] | None:
@@ -333,5 +368,22 @@ def outside(callback: Callable[..., None] | None) -> Callable[..., None] | None:
     return called
 
 
-def _shape(tokens: Any) -> str:
+def _after(nothing: mx.array, sent: list[mx.array]) -> mx.array:
+    """`nothing`, once `sent` has been sent: no work of the GPU, and no wait for it."""
+    with mx.stream(mx.cpu):
+        after: mx.array = mx.depends(nothing, sent)
+    return after
+
+
+def _random_key() -> Any:
+    state: Any = mx.random.state
+    return state[0]
+
+
+def _set_random_key(key: mx.array) -> None:
+    numbers: Any = key.tolist()
+    mx.random.seed(numbers[0] << 32 | numbers[1])
+
+
+def _described(tokens: Any) -> str:
     return f"an array of shape {tokens.shape}" if isinstance(tokens, mx.array) else repr(tokens)

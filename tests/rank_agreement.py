@@ -23,7 +23,7 @@ from mlx_lm import stream_generate  # noqa: E402
 from mlx_lm.utils import sharded_load  # noqa: E402
 
 import mlx_lm_skiphead  # noqa: E402
-from mlx_lm_skiphead import agreement  # noqa: E402
+from mlx_lm_skiphead import agreement, registry  # noqa: E402
 
 if server:
     from mlx_lm_skiphead.cli import main
@@ -65,12 +65,11 @@ def hidden():
 
 def refused():
     """As if a family did not fit here."""
-    patching = mlx_lm_skiphead.patching
-    patching._outcomes["mistral4"] = patching.Target("refused", "for a test")
+    registry.outcomes["mistral4"] = registry.Target("refused", "for a test")
     try:
         return load()
     finally:
-        del patching._outcomes["mistral4"]
+        del registry.outcomes["mistral4"]
 
 
 def other_mlx_lm():

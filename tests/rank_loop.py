@@ -8,8 +8,6 @@ import os
 import signal
 import sys
 import threading
-import time
-from types import SimpleNamespace
 
 import mlx.core as mx
 import ranks
@@ -18,7 +16,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_lm_skiphead
-from mlx_lm_skiphead import rest
 from mlx_lm_skiphead.cli.measure import count_heads
 
 generate = importlib.import_module("mlx_lm.generate")
@@ -118,42 +115,40 @@ def callbacks():
     return {"tokens": pipeline.tokens(prompt_progress_callback=callback), "seen": seen}
 
 
-def resting():
-    """A slow rank 0, and workers that rest while they wait for it, whatever this machine has."""
-    rest.crowded = lambda: True
-    slept = []
-    rest.time = SimpleNamespace(
-        monotonic=time.monotonic, sleep=lambda s: (slept.append(s), time.sleep(s))
-    )
-    pipeline = Pipeline()
-    told = {"slept": slept}
-
-    def slow(logprobs):
-        time.sleep(0.04)
-        return mx.argmax(logprobs, axis=-1)
-
-    told["one"] = pipeline.tokens(limit=16, sampler=slow)
-    told["quick"] = pipeline.tokens(limit=16)
-    batch = generate.BatchGenerator(pipeline.model, sampler=slow)
-    batch.insert(tiny_models.PROMPTS, max_tokens=[4, 12, 20])
-    told["batch"] = []
-    while responses := batch.next_generated():
-        told["batch"].append([[r.uid, r.token, r.finish_reason] for r in responses])
-    batch.close()
-    return told
-
-
 class Broken(Exception):
     pass
 
 
-def failing(at, function=None):
+class Stopped(BaseException):
+    pass
+
+
+def looks_at_values(logprobs):
+    """A sampler that cannot do with NaN."""
+    if mx.isnan(logprobs).any().item():
+        raise Broken("not a number")
+    return mx.argmax(logprobs, axis=-1)
+
+
+def failing_at_values(at):
+    """A sampler that raises only where it has seen numbers."""
+    calls = itertools.count()
+
+    def fail(logprobs):
+        if next(calls) == at and not mx.isnan(logprobs).any().item():
+            raise Broken("at values")
+        return mx.argmax(logprobs, axis=-1)
+
+    return fail
+
+
+def failing(at, function=None, error=Broken):
     """A sampler, or with `function` a logits processor, that raises when it is called again."""
     calls = itertools.count()
 
     def fail(*args):
         if next(calls) == at:
-            raise Broken(f"at call {at}")
+            raise error(f"at call {at}")
         return args[1] if function else mx.argmax(args[0], axis=-1)
 
     return fail
@@ -169,10 +164,16 @@ def failures():
         "its first call": {"sampler": failing(0)},
         "a processor": {"logits_processors": [failing(3, "processor")]},
         "shape": {"sampler": lambda logprobs: mx.argmax(logprobs)},
+        "the worker's": {"sampler": looks_at_values},
+        "only rank 0's": {"sampler": failing_at_values(5)},
+        "exit": {"logits_processors": [failing(3, "processor", SystemExit)]},
+        "its own": {"logits_processors": [failing(4, "processor", Stopped)]},
         "model": {"sampler": lambda _: mx.argmax(pipeline.model(prompt)[:, -1], axis=-1)},
     }
     if mlx_lm_skiphead.status().mode == "off":
-        del kinds["shape"], kinds["model"]  # which work there
+        del kinds["shape"]  # which works there
+        if pipeline.group.size() > 1:
+            del kinds["model"]  # which stands still
     told = {}
     for kind, options in kinds.items():
         seen = []
@@ -182,7 +183,7 @@ def failures():
             ):
                 seen.append(token)
             error = "none"
-        except Exception as raised:
+        except BaseException as raised:
             error = f"{type(raised).__name__}: {raised}"
         mx.synchronize(generate.generation_stream)
         told[kind] = {"error": error, "seen": seen, "after": pipeline.tokens()}
@@ -201,7 +202,7 @@ def failures():
         ):
             seen.append(token)
         error = "none"
-    except Exception as raised:
+    except BaseException as raised:
         error = f"{type(raised).__name__}: {raised}"
     told["speculation"] = {"error": error, "seen": seen, "after": pipeline.tokens()}
     mx.synchronize(generate.generation_stream)
@@ -217,7 +218,7 @@ def failures():
             while responses := batch.next_generated():
                 seen += [[r.uid, r.token] for r in responses]
             error = "none"
-        except Exception as raised:
+        except BaseException as raised:
             error = f"{type(raised).__name__}: {raised}"
         batch.close()
         mx.synchronize(generate.generation_stream)
@@ -233,20 +234,35 @@ def failures():
 
 
 def uninstalled_midway():
-    """A running generation goes on as it began; the next one is upstream's."""
+    """While a generation runs uninstalling is an error; afterwards the next is upstream's."""
     pipeline = Pipeline()
     steps = generate.generate_step(
         mx.array(tiny_models.PROMPTS[1]), pipeline.model, max_tokens=8, sampler=make_sampler(0.8)
     )
     mx.random.seed(7)
     told = {"tokens": [next(steps)[0], next(steps)[0]]}
+    batch = generate.BatchGenerator(pipeline.model, max_tokens=4)
+
+    def refused():
+        try:
+            mlx_lm_skiphead.uninstall()
+        except mlx_lm_skiphead.SkipheadError as error:
+            return str(error)
+
+    told["refused"] = [refused()]
     with count_heads(pipeline.model) as count:
-        mlx_lm_skiphead.uninstall()
         told["tokens"] += [token for token, _ in steps]
     told["heads, running"] = count.evaluated()
+    batch.insert(tiny_models.PROMPTS[:1])
+    batch.next_generated()
+    told["refused"].append(refused())
+    batch.remove([0])
+    batch.close()
+    late = generate.generate_step(mx.array(tiny_models.PROMPTS[1]), pipeline.model, max_tokens=8)
+    told["refused"].append(refused())
     told["restored"] = generate.generate_step is early_generate_step.__wrapped__
     with count_heads(pipeline.model) as count:
-        told["next"] = pipeline.tokens()
+        told["next"] = [token for token, _ in late]  # begun before, and upstream's all the same
     told["heads, next"] = count.evaluated()
     return told
 
@@ -358,7 +374,7 @@ def counted():
 
 
 def cancelled():
-    """Requests that leave before their end, one that comes after, and an uninstall in between."""
+    """Requests that leave before their end, and ones that come after."""
     pipeline = Pipeline()
     mx.random.seed(7)
     batch = generate.BatchGenerator(pipeline.model, max_tokens=20, sampler=make_sampler(0.8))
@@ -371,14 +387,11 @@ def cancelled():
 
     steps(3)
     batch.remove([first])
-    steps(2)
-    mlx_lm_skiphead.uninstall()
-    steps(2)
+    steps(4)
     batch.insert([[9, 8]], max_tokens=[3])
     steps(4)
     batch.remove([second])
     steps(2)
-    # The batch is empty: from here on it is upstream's, with the random numbers of rank 0.
     batch.insert([[5, 5, 5]], max_tokens=[6])
     steps(6)
     batch.close()

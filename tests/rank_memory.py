@@ -85,14 +85,16 @@ def used_otherwise(model, rank):
         "bytes": sum(array.nbytes for array in arrays),
         "copy": sum(a.nbytes for _, a in tree_flatten(copied.parameters())),
         "modules": [isinstance(module, nn.Module) for module in (head, embedding)],
-        "weights": [[m.weight.shape, str(m.weight.dtype)] for m in (head, embedding)],
+        "weights": [[m["weight"].shape, str(m["weight"].dtype)] for m in (head, embedding)],
         "layers": len(model.layers),
         "repr": len(repr(model)) > 100,
     }
+    told["left"] = left_on_disk()
     file = Path(os.environ["RANK_RESULTS"], f"saved-{rank}.safetensors")
     model.save_weights(str(file))
-    told["saved"] = sum(array.nbytes for array in mx.load(str(file)).values())
-    told["left"] = left_on_disk()
+    saved = mx.load(str(file))
+    told["saved"] = {key: [a.shape, a.sum().item()] for key, a in saved.items()}
+    told["left after saving"] = left_on_disk()
     told["compiled"] = mx.compile(model)(mx.array([PROMPT]))[0, -1, :8].tolist()
     told["copied"] = direct(copied)
     return told

@@ -53,7 +53,9 @@ def test_plan_is_what_ranks_load(case, folder, loaded):
         assert 0 <= unpatched["loaded"] - rank.unpatched < NO_WEIGHTS
         assert 0 <= skip["loaded"] - rank.skip < NO_WEIGHTS
         assert skip["on disk"] == rank.on_disk
-        assert unpatched["loaded"] - skip["loaded"] == sum(rank.on_disk.values())
+        # In the place of each array on disk there is one number, of eight bytes at most.
+        less = sum(rank.on_disk.values()) - (unpatched["loaded"] - skip["loaded"])
+        assert 0 <= less <= 8 * 6
     assert case.startswith(family) or family in ("deepseek_v32", "glm4_moe", "qwen3_5")
 
 

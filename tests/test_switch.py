@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import mlx_lm_skiphead
 from mlx_lm_skiphead.config import SPELLINGS, VARIABLE, requested_mode
 
 PLUGIN = "import mlx_lm_skiphead"
@@ -38,8 +40,10 @@ def run(code: str, value: str | None = None, check: bool = True) -> subprocess.C
 
 @pytest.mark.parametrize("value", [None, "0", "1", "hidden"])
 def test_import_imports_nothing_of_others(value):
+    """Off nothing at all; on no more than wrapt, which waits for mlx-lm."""
     others = "{m.split('.')[0] for m in sys.modules} & {'mlx', 'mlx_lm', 'numpy', 'rich', 'wrapt'}"
-    assert run(f"import sys, mlx_lm_skiphead; print({others})", value).stdout == "set()\n"
+    expected = "{'wrapt'}\n" if value in ("1", "hidden") else "set()\n"
+    assert run(f"import sys, mlx_lm_skiphead; print({others})", value).stdout == expected
 
 
 def test_on_begins_when_mlx_lm_is_imported_and_hides_it_from_no_other_hook():
@@ -50,7 +54,6 @@ def test_on_begins_when_mlx_lm_is_imported_and_hides_it_from_no_other_hook():
         seen = []
         wrapt.register_post_import_hook(lambda module: seen.append(module.__name__), "mlx_lm")
         import mlx_lm_skiphead
-        assert "mlx_lm_skiphead.patching" not in sys.modules
         import mlx_lm
         assert seen == ["mlx_lm"]
         from mlx_lm.models import deepseek_v3
@@ -68,7 +71,7 @@ def test_off_registers_nothing(value):
         finders = list(sys.meta_path)
         import mlx_lm_skiphead
         assert sys.meta_path == finders
-        assert "wrapt" not in sys.modules and "mlx_lm_skiphead.patching" not in sys.modules
+        assert "wrapt" not in sys.modules and "mlx_lm_skiphead.installing" not in sys.modules
         import mlx.core as mx, mlx_lm
         from mlx_lm.models import qwen2
         import importlib, types
@@ -221,7 +224,7 @@ def test_what_does_not_fit_is_left_to_upstream_and_said():
     )
     done = run(code)
     assert done.stdout.startswith(
-        "refused: mlx_lm.models.glm4_moe.LanguageModel has 0 calls of all"
+        "refused: mlx_lm.models.glm4_moe.LanguageModel.__call__: expected one call of all_gather, "
     )
     assert "glm4_moe is left to upstream mlx-lm" in done.stderr
 
@@ -256,3 +259,57 @@ def test_one_rank_is_unchanged():
         assert mx.array_equal(before[1], after[1]) and mx.array_equal(before[2], after[2])
         """
     )
+
+
+REPLACED = """
+    import functools, importlib
+    import mlx_lm_skiphead
+    loops = importlib.import_module("mlx_lm.generate")
+    batch = loops.GenerationBatch
+
+    def put():
+        upstream = batch._step
+
+        @functools.wraps(upstream)
+        def step(self, *args):
+            return {result}
+
+        batch._step = step
+
+    {first}
+    {second}
+    print(mlx_lm_skiphead.status().loops["GenerationBatch"])
+"""
+CALLS, CALLS_NOT = "upstream(self, *args)", "([], [])"
+
+
+@pytest.mark.parametrize("result", [CALLS, CALLS_NOT])
+@pytest.mark.parametrize(
+    "order", [("put()", "mlx_lm_skiphead.install()"), ("mlx_lm_skiphead.install()", "put()")]
+)
+def test_what_only_looks_like_a_wrapper_is_told_from_one(result, order):
+    """functools.wraps marks a function that never calls what it replaces as a wrapper too."""
+    said = run(REPLACED.format(result=result, first=order[0], second=order[1])).stdout
+    if result == CALLS:
+        assert said == "patched\n"
+    elif order[0] == "put()":
+        assert said.startswith("refused: mlx_lm.generate.GenerationBatch._step: expected it to use")
+    else:
+        assert said.startswith("replaced: GenerationBatch._step has been replaced")
+
+
+def test_no_module_of_the_core_imports_one_that_imports_it():
+    folder = Path(mlx_lm_skiphead.__file__).parent
+    imports = {}
+    for file in folder.glob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                found |= {node.module} if node.module else {alias.name for alias in node.names}
+        imports[file.stem] = {name.partition(".")[0] for name in found} - {"__version__"}
+    del imports["__init__"], imports["__main__"]
+    while imports:
+        ground = [name for name, needed in imports.items() if not needed & imports.keys()]
+        assert ground, f"a circle: {imports}"
+        for name in ground:
+            del imports[name]

@@ -6,7 +6,6 @@ no weights and never uses the network: of a model it reads config.json.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -19,9 +18,9 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from .. import __version__, config
@@ -56,7 +55,7 @@ def examine(model: str | None = None, modules: Sequence[str] = ()) -> Report:
     - ``variable``: the value of MLX_LM_SKIPHEAD, or null; ``mode``: "off", "on" or "hidden", or
       "invalid".
     - ``families``, ``loops``: by name ``{"state", "reason"}``. The states are those of
-      `patching.Target`, and "not in this mlx-lm". What is patched is so in this process, whatever
+      `registry.Target`, and "not in this mlx-lm". What is patched is so in this process, whatever
       the mode; empty if a package cannot be imported.
     - ``unknown``: by name of a module that mlx-lm pipelines and the table lacks, what comes of it.
     - ``patches``: other packages' ``{"target", "by", "how", "where"}``: the function, the module
@@ -185,17 +184,17 @@ def _release(version: str) -> list[int]:
 
 def _examine_targets(report: Report, modules: Sequence[str]) -> None:
     """Patch as a program that imports the plugin last, look at it, and undo that."""
-    from .. import patching
+    from .. import installing
 
     before = config.active
-    patching.uninstall()
+    installing.uninstall()
     try:
         _import_first(modules)
-        patching.install("hidden" if report["mode"] == "hidden" else "on")
-        importlib.import_module(patching.LOADING_MODULE)
-        importlib.import_module(patching.LOOPS_MODULE)
+        installing.install("hidden" if report["mode"] == "hidden" else "on")
+        for group in (*installing.LOOPS, "sharded_load"):
+            importlib.import_module(installing.MODULES[group])
         missing = {f.name: found for f in FAMILIES if (found := _import_family(f.module))}
-        status = patching.status()
+        status = installing.status()
         for name, target in status.families.items():
             state, reason = missing.get(name, target)
             report["families"][name] = {"state": state, "reason": reason}
@@ -205,9 +204,9 @@ def _examine_targets(report: Report, modules: Sequence[str]) -> None:
         report["patches"] = _foreign_patches(report["families"])
     finally:
         if before == "off":
-            patching.uninstall()
+            installing.uninstall()
         else:
-            patching.install(before)
+            installing.install(before)
 
 
 def _import_first(modules: Sequence[str]) -> None:
@@ -233,7 +232,7 @@ def _import_family(module: str) -> tuple[str, str] | None:
 
 def _unknown() -> dict[str, str]:
     """Modules of mlx-lm that `sharded_load` would pipeline and the table lacks."""
-    from .. import patching
+    from .. import registry
 
     package = importlib.import_module("mlx_lm.models")
     sources = {}
@@ -255,7 +254,7 @@ def _unknown() -> dict[str, str]:
             model = getattr(sys.modules[f"mlx_lm.models.{name}"], "Model", None)
             if inspect.isclass(model) and _can_be_pipelined(model):
                 found[name] = "works as upstream"
-                for patched in (patching._patched.get(cls) for cls in reversed(model.__mro__)):
+                for patched in (registry.patched.get(cls) for cls in reversed(model.__mro__)):
                     if patched is not None:
                         found[name] = f"treated as {patched.family.name}, whose Model it builds on"
 
@@ -270,7 +269,7 @@ def _can_be_pipelined(model: type) -> bool:
 
     initializers = (vars(cls).get("__init__") for cls in model.__mro__)
     if not hasattr(model, "model") and not any(
-        drift._mentions(init, "model", ("STORE_ATTR",))
+        drift.mentions(init, "model", ("STORE_ATTR",))
         for init in initializers
         if inspect.isfunction(init)
     ):
@@ -285,12 +284,13 @@ def _can_be_pipelined(model: type) -> bool:
 
 def _foreign_patches(families: dict[str, dict[str, str]]) -> list[dict[str, str]]:
     """What is at, over or under our targets and is neither ours nor upstream's."""
-    import wrapt
+    from ..handles import layers as layers_of
+    from ..handles import written_in
 
     found = []
     for owner, attribute in dict.fromkeys(_targets(families)):
-        layers = list(wrapt.wrapper_chain(inspect.getattr_static(owner, attribute, None)))
-        origins = [_written_in(layer) for layer in layers]
+        layers = list(layers_of(inspect.getattr_static(owner, attribute, None)))
+        origins = [written_in(layer) for layer in layers]
         packages = [origin.partition(".")[0] for origin in origins]
         ours = packages.index("mlx_lm_skiphead") if "mlx_lm_skiphead" in packages else None
         for depth, package in enumerate(packages):
@@ -312,49 +312,18 @@ def _foreign_patches(families: dict[str, dict[str, str]]) -> list[dict[str, str]
 
 def _targets(families: dict[str, dict[str, str]]) -> Iterator[tuple[Any, str]]:
     """All that the plugin patches, and the call of each `Model`, as an object and an attribute."""
-    import mlx.core as mx
+    from .. import installing
+    from ..handles import locate
 
-    from .. import patching
-
-    yield mx.distributed, "all_gather"
-    yield mx, "load"
-    yield sys.modules[patching.LOADING_MODULE], "sharded_load"
-    loops = sys.modules[patching.LOOPS_MODULE]
-    for path in (path for paths in patching.LOOPS.values() for path in paths):
-        parent, _, attribute = path.rpartition(".")
-        owner = getattr(loops, parent, None) if parent else loops
-        if owner is not None:
-            yield owner, attribute
+    left_out = ("not pipelined", "not in this mlx-lm")
+    for row in installing.table():
+        if families.get(row.group, {}).get("state") not in left_out:
+            with suppress(AttributeError, KeyError):
+                yield locate(sys.modules[row.module], row.path)
     for family in FAMILIES:
-        if families[family.name]["state"] in ("not pipelined", "not in this mlx-lm"):
-            continue
-        module = sys.modules.get(family.module)
-        for name in ("Model", family.head_class, family.stage_class):
-            cls = getattr(module, name, None) if name else None
-            if inspect.isclass(cls):
-                yield cls, "__call__"
-                if name == family.stage_class:
-                    yield cls, "pipeline"
-
-
-def _written_in(layer: Any) -> str:
-    """The module that a function or a wrapper comes from, as well as it can be known.
-
-    Not ``__module__``, which functools.wraps copies from what is wrapped.
-    """
-    import wrapt
-
-    # A wrapper around ``Class.method`` has wrapt's bound form of what sits there.
-    if isinstance(layer, wrapt.FunctionWrapper | wrapt.BoundFunctionWrapper):
-        layer = layer._self_wrapper
-    layer = getattr(layer, "__func__", layer)  # of a method
-    while type(layer) is functools.partial:
-        layer = layer.func
-    if type(layer) is FunctionType:
-        return str(layer.__globals__.get("__name__", layer.__module__))
-    if type(layer).__module__ in ("builtins", "nanobind"):
-        return str(getattr(layer, "__module__", "") or "builtins")
-    return type(layer).__module__
+        model = getattr(sys.modules.get(family.module), "Model", None)
+        if families[family.name]["state"] not in left_out and inspect.isclass(model):
+            yield model, "__call__"
 
 
 def _name(owner: Any, attribute: str) -> str:

@@ -123,17 +123,18 @@ def around_head(model: Any, around: Callable[[Callable[[], mx.array]], mx.array]
     """
     family = family_of(model)
     head = family.head_of(family.owner_of(model))
-    head = getattr(head, "__wrapped__", head)  # where it is on disk
     # An embedding that serves as the head does so through another method.
     method = "as_linear" if hasattr(head, "as_linear") else "__call__"
+    # A head that is on disk has a class of its own, below the one that computes.
+    cls = type(head).__mro__["_skiphead" in vars(head)]
 
     def called(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if instance is not head:
             return wrapped(*args, **kwargs)
         return around(lambda: wrapped(*args, **kwargs))
 
-    handle = wrapt.wrap_function_wrapper(type(head), method, called)
+    handle = wrapt.wrap_function_wrapper(cls, method, called)
     try:
         yield
     finally:
-        wrapt.unwrap_object(type(head), method, handle)
+        wrapt.unwrap_object(cls, method, handle)

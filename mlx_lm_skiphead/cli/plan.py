@@ -276,7 +276,7 @@ def _verdict(planned: list[Rank]) -> str:
         )
     lines.append(
         "By reading weights alone, for one sequence: links and arithmetic are not in it, and ranks "
-        "that share a GPU or a CPU save more. `mlx-lm-skiphead bench` measures."
+        "that share a GPU save more. `mlx-lm-skiphead bench` measures."
     )
     return "\n".join(lines)
 

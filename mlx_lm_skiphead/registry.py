@@ -1,0 +1,138 @@
+"""What is patched in this process, and which generations are running.
+
+`installing` fills it in; loops and heads ask it. It patches nothing itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import logging
+import threading
+import weakref
+from types import CodeType
+from typing import Any, NamedTuple
+
+from . import drift
+from .families import Family
+from .handles import Handle, in_place
+
+log = logging.getLogger("mlx_lm_skiphead")
+lock = threading.RLock()
+
+
+class SkipheadError(RuntimeError):
+    """Something that was asked for cannot be done; the message says what, why and what to do."""
+
+
+class Target(NamedTuple):
+    """What became of one thing to patch.
+
+    `state` is ``"patched"``, ``"not imported yet"``, ``"refused"``, ``"replaced"`` (it was patched,
+    and then another package or a reload has put something else in its place), ``"not pipelined"``
+    (by the installed mlx-lm, so nothing is to be done) or ``"off"`` (the plugin is not installed).
+    Where it is refused or replaced, mlx-lm works as upstream, and `reason` says why.
+    """
+
+    state: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.reason}" if self.reason else self.state
+
+
+class Patched(NamedTuple):
+    """A patched family."""
+
+    family: Family
+    head_class: type
+    handles: list[Handle]
+
+
+class Split(NamedTuple):
+    """A model that is split into a pipeline, as the loops see it."""
+
+    family: Family
+    owner: Any
+    """The head owner within the model (`Family.owner_of`)."""
+    stage: Any
+    """The pipelined model within the owner."""
+
+
+outcomes: dict[str, Target] = {}
+"""By group of patches."""
+patched: dict[type, Patched] = {}
+"""By the class `Model` of its module."""
+running: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Generations that have begun and not ended: runs, and batches, which have ended when empty."""
+
+
+def family_of(model: Any) -> Family | None:
+    """The patched family that `model`, as mlx-lm loads it, belongs to; None if there is none.
+
+    None also where another package has since put something in place of what was patched, and for
+    a subclass with a ``__call__`` of its own.
+    """
+    for cls in type(model).__mro__:
+        if cls in patched:
+            family, _, handles = patched[cls]
+            return family if all(map(in_place, handles)) else None
+        if "__call__" in vars(cls):
+            return None
+    return None
+
+
+def split_of(model: Any) -> Split | None:
+    """How `model` is split; None where there is no head to skip: one rank, or not patched."""
+    family = family_of(model)
+    if family is None:
+        return None
+    owner = family.owner_of(model)
+    stage = family.stage_of(owner)
+    if stage.pipeline_size == 1 or broadcast_code(stage) is None:
+        return None
+    return Split(family, owner, stage)
+
+
+def owner_of(stage: Any) -> Split | None:
+    """The head owner that a pipelined model is a part of, if its family is patched.
+
+    A pipelined model does not know what it is a part of: this looks among all objects, which
+    takes some 20 ms.
+    """
+    with lock:
+        known = [p for p in patched.values() if all(map(in_place, p.handles))]
+    for thing in gc.get_objects():
+        for family, head_class, _ in known:
+            # By type(): asking some objects for their __class__ runs code of theirs.
+            if issubclass(type(thing), head_class):
+                try:
+                    found = family.stage_of(thing) is stage
+                except AttributeError:  # it is being built
+                    continue
+                if found:
+                    return Split(family, thing, stage)
+    return None
+
+
+_broadcast_codes: dict[Any, CodeType | None] = {}
+
+
+def broadcast_code(stage: Any) -> CodeType | None:
+    """The code that has the hidden broadcast; None, said once, if it is not as expected.
+
+    By the class of `stage`: it may be a subclass of the one in the table, with a ``__call__`` of
+    its own.
+    """
+    call = inspect.getattr_static(type(stage), "__call__")
+    if call not in _broadcast_codes:
+        reason = drift.broadcasts(call)
+        if reason:
+            log.warning("%s is left to upstream mlx-lm: %s", type(stage).__name__, reason)
+        _broadcast_codes[call] = None if reason else drift.code_of(call)
+    return _broadcast_codes[call]
+
+
+def generations() -> int:
+    """How many generations are running."""
+    return sum(bool(generation) for generation in list(running))
