@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 ELSEWHERE = "127.1"
 """This machine, by another name than the usual one: a rank behind a slow link stands for one on
-another machine, which the plugin tells by its address (rest.py)."""
+another machine."""
 
 CONNECT_SECONDS = 120.0
 """How long a proxy waits for a rank that has yet to listen."""
