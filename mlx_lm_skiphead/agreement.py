@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import config, drift, registry
-from .families import FAMILIES
+from .families import FAMILIES, LOADING_MODULE
 from .handles import Patch
 from .registry import SkipheadError
 
@@ -36,8 +36,6 @@ EXACT_BITS = 24
 """Whole numbers of so many bits are exact in float32, the type of the sum."""
 
 SETTINGS_BYTES = 2048
-
-LOADING_MODULE = "mlx_lm.utils"
 
 
 def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:

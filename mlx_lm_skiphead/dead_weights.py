@@ -26,8 +26,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from . import config, drift, registry
-from .agreement import LOADING_MODULE
-from .families import Family
+from .families import LOADING_MODULE, Family
 from .handles import Patch
 from .head import not_computed
 from .sharing import this_thread
@@ -218,14 +217,16 @@ class Pipelined(NamedTuple):
     modules: list[tuple[str, Any]]
     """Names and weak references of the modules whose weights were left on disk."""
 
+    def left(self) -> Iterator[tuple[str, Any, Left]]:
+        """The modules whose weights have not been read, by name, and what each has left."""
+        for name, reference in self.modules:
+            module = reference()
+            if module is not None and "_skiphead" in vars(module):
+                yield name, module, vars(module)["_skiphead"]
+
     def on_disk(self) -> dict[str, int]:
         """Bytes that have not been read, by name of the module that they belong to."""
-        found = {}
-        for name, reference in self.modules:
-            left = vars(module).get("_skiphead") if (module := reference()) is not None else None
-            if left is not None:
-                found[name] = left.nbytes
-        return found
+        return {name: left.nbytes for name, _, left in self.left()}
 
 
 _pipelined: list[Pipelined] = []
@@ -362,8 +363,7 @@ def save(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     stand_ins = {
         id(module.get(name)): (module, name)
         for p in models()
-        for _, reference in p.modules
-        if (module := reference()) is not None and (left := vars(module).get("_skiphead"))
+        for _, module, left in p.left()
         for name in left.arrays
     }
     if not stand_ins or not isinstance(arrays, dict):

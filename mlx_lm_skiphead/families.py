@@ -9,6 +9,10 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+LOOPS_MODULE = "mlx_lm.generate"
+LOADING_MODULE = "mlx_lm.utils"
+"""Where mlx-lm has its generation loops, and `sharded_load`."""
+
 
 class Family(NamedTuple):
     """Where one module of ``mlx_lm.models`` keeps its head and its pipelined inner model.

@@ -15,12 +15,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 from . import config, drift
-from .families import Family
+from .families import LOOPS_MODULE, Family
 from .handles import Patch, Wrapper, layers
 from .registry import broadcast_code
 from .sharing import Run, this_thread
-
-LOOPS_MODULE = "mlx_lm.generate"
 
 
 class Forward:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import wrapt
 
 from . import config, registry
-from .families import BY_NAME, FAMILIES, Family
+from .families import BY_NAME, FAMILIES, LOADING_MODULE, LOOPS_MODULE, Family
 from .handles import Handle, Patch, in_place, locate, undo, wrap, written_in
 from .registry import Patched, SkipheadError, Target, lock, outcomes, patched
 
@@ -26,8 +26,8 @@ log = logging.getLogger("mlx_lm_skiphead")
 
 LOOPS = ("generate_step", "speculative_generate_step", "GenerationBatch")
 MODULES = {
-    **dict.fromkeys(LOOPS, "mlx_lm.generate"),
-    "sharded_load": "mlx_lm.utils",
+    **dict.fromkeys(LOOPS, LOOPS_MODULE),
+    "sharded_load": LOADING_MODULE,
     **{family.name: family.module for family in FAMILIES},
 }
 """By group of patches, whose import it waits for."""

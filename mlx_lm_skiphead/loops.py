@@ -19,8 +19,8 @@ import mlx.core as mx
 import wrapt
 
 from . import config, drift, registry
+from .families import LOOPS_MODULE
 from .handles import Patch
-from .head import LOOPS_MODULE
 from .sharing import Run, Sampler, outside, this_thread
 
 Wrapped = Callable[..., Any]

@@ -9,10 +9,6 @@ import threading
 import time
 from collections.abc import Sequence
 
-ELSEWHERE = "127.1"
-"""This machine, by another name than the usual one: a rank behind a slow link stands for one on
-another machine."""
-
 CONNECT_SECONDS = 120.0
 """How long a proxy waits for a rank that has yet to listen."""
 
@@ -47,7 +43,7 @@ class SlowLinks:
         """The addresses of all ranks as `rank` must know them: the next one's is its proxy's."""
         addresses = [f"127.0.0.1:{port}" for port in self._ports]
         following = (rank + 1) % len(addresses)
-        addresses[following] = f"{ELSEWHERE}:{self._listeners[following].getsockname()[1]}"
+        addresses[following] = f"127.0.0.1:{self._listeners[following].getsockname()[1]}"
         return addresses
 
     def _accept(self, listener: socket.socket, port: int) -> None:
