@@ -25,17 +25,21 @@ import mlx.core as mx
 from . import config, drift, registry
 from .families import FAMILIES, LOADING_MODULE
 from .handles import Patch
-from .registry import SkipheadError
+from .registry import MLX, SkipheadError
 
 log = logging.getLogger("mlx_lm_skiphead")
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Of `_exchanged`: plugins of another one must not get as far as that."""
-
-EXACT_BITS = 24
-"""Whole numbers of so many bits are exact in float32, the type of the sum."""
-
+MARK = 4096 + PROTOCOL
+"""What a rank with the plugin adds to the sum besides its one. Sums of it are exact in float32, for
+up to 4,000 ranks; and of two protocols no mixture is a multiple of either."""
 SETTINGS_BYTES = 2048
+FOR_ALL = (
+    f"All ranks must have the same {config.VARIABLE}: set it for all, as in mlx.launch --env "
+    f"{config.VARIABLE}=1 ..., and have every rank import mlx_lm_skiphead. And install the same "
+    "versions of mlx-lm and mlx-lm-skiphead for all."
+)
 
 
 def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -47,16 +51,16 @@ def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
     """
     # The sum at the end of loading is of scalars; those of tensor parallelism are in each layer,
     # and are not to pay for a look at the stack.
-    if config.active == "off" or not args or getattr(args[0], "ndim", 0) > 0:
+    if not args or getattr(args[0], "ndim", 0) > 0:
         return wrapped(*args, **kwargs)
     group = _pipeline_group(sys._getframe(1))
     if group is None or group.size() == 1:
         return wrapped(*args, **kwargs)
     ranks = mx.distributed.init().size()
     mine, *others = args
-    total = wrapped(mine * _contribution(ranks), *others, **kwargs)
+    total = wrapped(mine * (1.0 + MARK), *others, **kwargs)
     try:
-        _check_sum(int(total.item()), ranks)
+        _check_sum(int(total.item()) - ranks, ranks)
         _check_settings(_exchanged())
     except SkipheadError as error:
         if threading.current_thread() is not threading.main_thread():
@@ -82,62 +86,29 @@ def _pipeline_group(frame: FrameType | None) -> Any:
     return None
 
 
-def _bits(ranks: int) -> int:
-    """How many a count of ranks takes."""
-    return ranks.bit_length()
-
-
-def _contribution(ranks: int) -> float:
-    """What a rank with the plugin adds, where one without adds 1.
-
-    From the lowest bits on: 1, so that the sum counts all ranks; 1 for the plugin; 1 for the mode
-    "hidden"; and a hash of what decides how the settings are exchanged.
-    """
-    bits = _bits(ranks)
-    fields = [1, 1, int(config.active == "hidden"), _protocol_hash(EXACT_BITS - 4 * bits)]
-    return float(sum(field << (place * bits) for place, field in enumerate(fields)))
-
-
-def _protocol_hash(bits: int) -> int:
-    return zlib.crc32(f"mlx-lm-skiphead {PROTOCOL}".encode()) % (1 << max(0, bits))
-
-
-def _check_sum(total: int, ranks: int) -> None:
-    bits = _bits(ranks)
-    mask = (1 << bits) - 1
-    everyone, active, hidden = (total >> (place * bits) & mask for place in range(3))
-    hashes = total >> (3 * bits)
+def _check_sum(marks: int, ranks: int) -> None:
+    active, rest = divmod(marks, MARK)
     here = f"rank {mx.distributed.init().rank()}"
-    if everyone == ranks and active != ranks:
-        raise SkipheadError(
-            f"mlx-lm-skiphead is on in {active} of {ranks} ranks, {here} among them, and off in "
-            f"{ranks - active}: {_for_all()}"
-        )
-    if everyone == ranks and hidden not in (0, ranks):
-        raise SkipheadError(
-            f"{config.VARIABLE} is hidden in {hidden} of {ranks} ranks, and on in "
-            f"{ranks - hidden}: {_for_all()}"
-        )
-    if everyone != ranks or hashes != ranks * _protocol_hash(EXACT_BITS - 4 * bits):
+    if rest or active > ranks:
         raise SkipheadError(
             f"The {ranks} ranks have versions of mlx-lm-skiphead that do not work together; {here} "
-            f"has {_settings()['mlx-lm-skiphead']}. Install the same one for all of them."
+            f"has {_settings()['mlx-lm-skiphead']}. {FOR_ALL}"
         )
-
-
-def _for_all() -> str:
-    return (
-        f"all of them must have the same {config.VARIABLE}. Set it for all, as in "
-        f"mlx.launch --env {config.VARIABLE}=1 ..., and have every rank import mlx_lm_skiphead."
-    )
+    if active != ranks:
+        raise SkipheadError(
+            f"mlx-lm-skiphead is on in {active} of {ranks} ranks, {here} among them, and off in "
+            f"{ranks - active}. {FOR_ALL}"
+        )
 
 
 def _settings() -> dict[str, str]:
     """In what ranks must agree besides, as names and values."""
     from . import __version__
 
-    left = sorted(name for name, t in registry.outcomes.items() if t.state == "refused")
+    states = {name: registry.target(name).state for name in registry.outcomes}
+    left = sorted(name for name, state in states.items() if state in ("refused", "replaced"))
     return {
+        config.VARIABLE: config.active,
         "mlx-lm-skiphead": __version__,
         "mlx-lm": metadata.version("mlx-lm"),
         "families known": f"{zlib.crc32(repr(FAMILIES).encode()):08x}",
@@ -159,19 +130,8 @@ def _check_settings(by_rank: list[dict[str, str]]) -> None:
         values = [settings[name] for settings in by_rank]
         if len(set(values)) > 1:
             said = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-            raise SkipheadError(
-                f"The ranks differ in {name}: {said}. mlx-lm-skiphead needs the same of "
-                "mlx-lm and of itself on all ranks: install the same versions for all of them."
-            )
+            raise SkipheadError(f"The ranks differ in {name}: {said}. {FOR_ALL}")
 
 
-PATCHES = (
-    Patch(
-        "sharded_load",
-        "mlx.core",
-        "distributed.all_sum",
-        all_sum,
-        drift.anything,
-        "ranks that differ are not told apart where a model loads",
-    ),
-)
+_LOST = "ranks that differ are not told apart where a model loads"
+PATCHES = (Patch(MLX, MLX, "distributed.all_sum", all_sum, drift.anything, _LOST),)

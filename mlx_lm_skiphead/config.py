@@ -16,18 +16,12 @@ if TYPE_CHECKING:
 
 VARIABLE = "MLX_LM_SKIPHEAD"
 
-SPELLINGS: dict[str, Mode] = {
-    "": "off",
-    "0": "off",
-    "off": "off",
-    "false": "off",
-    "no": "off",
-    "1": "on",
-    "on": "on",
-    "true": "on",
-    "yes": "on",
-    "hidden": "hidden",
+_ACCEPTED: dict[Mode, tuple[str, ...]] = {
+    "off": ("", "0", "off", "false", "no"),
+    "on": ("1", "on", "true", "yes"),
+    "hidden": ("hidden",),
 }
+SPELLINGS = {spelling: mode for mode, spellings in _ACCEPTED.items() for spelling in spellings}
 
 
 def requested_mode(environ: Mapping[str, str] = os.environ) -> Mode:
@@ -38,10 +32,7 @@ def requested_mode(environ: Mapping[str, str] = os.environ) -> Mode:
     """
     value = environ.get(VARIABLE, "")
     if value not in SPELLINGS:
-        accepted = ", ".join(
-            f"{' '.join(repr(s) for s, m in SPELLINGS.items() if m == mode)} ({mode})"
-            for mode in ("off", "on", "hidden")
-        )
+        accepted = ", ".join(f"{' '.join(map(repr, s))} ({mode})" for mode, s in _ACCEPTED.items())
         raise ValueError(
             f"{VARIABLE}={value!r} is not understood. Accepted values: {accepted}. "
             "Unset it to switch mlx-lm-skiphead off."

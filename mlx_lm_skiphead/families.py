@@ -38,12 +38,17 @@ class Family(NamedTuple):
     embedding: str = "embed_tokens"
     """From the pipelined model to the embedding, which is the head too where the two are tied."""
 
-    same_as: str = ""
-    """Has no ``__call__`` of its own: its `Model` is, or inherits from, that family's."""
+    base: str = ""
+    """The family that this one builds on: it has the pipelined class of that one, or, where it
+    names none (`is_alias`), its `Model` is that one's or inherits from it."""
 
     @property
     def module(self) -> str:
         return f"mlx_lm.models.{self.name}"
+
+    @property
+    def is_alias(self) -> bool:
+        return not self.stage_class
 
     def owner_of(self, model: Any) -> Any:
         """The head owner within a loaded model."""
@@ -67,37 +72,20 @@ FAMILIES = (
     Family("deepseek_v41", stage_class="TextModel"),
     Family("glm4_moe", stage_class="LanguageModel"),
     Family("glm4_moe_lite", stage_class="Glm4MoeLiteModel"),
-    Family("glm_moe_dsa", same_as="deepseek_v32"),
-    Family("kimi_k25", "LanguageModel", "DeepseekV3Model", owner="language_model"),
+    Family("glm_moe_dsa", base="deepseek_v32"),
+    Family("kimi_k25", "LanguageModel", "DeepseekV3Model", "language_model", base="deepseek_v3"),
     Family("kimi_k3", "LanguageModel", "KimiK3TextModel", owner="language_model"),
     Family("minimax_m3_vl", "LanguageModel", "TextModel", owner="language_model"),
     Family("ministral3", stage_class="LanguageModel"),
     Family("mistral4", stage_class="Mistral4Model"),
     Family("muse_spark", stage_class="MuseSparkTextModel", stage="model.language_model"),
-    Family("prism_hadamard_qwen35", same_as="qwen3_5"),
+    Family("prism_hadamard_qwen35", base="qwen3_5"),
     Family("qwen2", stage_class="Qwen2Model"),
     Family("qwen3_5", "TextModel", "Qwen3_5TextModel", owner="language_model"),
-    Family("qwen3_5_moe", same_as="qwen3_5"),
+    Family("qwen3_5_moe", base="qwen3_5"),
     Family("qwen3_moe", stage_class="Qwen3MoeModel"),
     Family("qwen3_next", stage_class="Qwen3NextModel"),
-    Family("solar_open", same_as="glm4_moe"),
+    Family("solar_open", base="glm4_moe"),
 )
 
 BY_NAME = {family.name: family for family in FAMILIES}
-
-
-def markdown() -> str:
-    """The table as README.md shows it: ``python -m mlx_lm_skiphead.families`` prints it."""
-    rows = ["| family | its head is run by | on the hidden states of |", "|---|---|---|"]
-    for family in FAMILIES:
-        if family.same_as:
-            rows.append(f"| {family.name} | as {family.same_as} | |")
-        else:
-            path = f"{family.owner}.{family.stage}".lstrip(".")
-            owner = family.head_class + (f" (`{family.owner}`)" if family.owner else "")
-            rows.append(f"| {family.name} | {owner} | {family.stage_class} (`{path}`) |")
-    return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(markdown())

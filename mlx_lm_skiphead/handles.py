@@ -6,6 +6,7 @@ Knows nothing of mlx-lm.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from operator import attrgetter
@@ -33,18 +34,51 @@ class Patch(NamedTuple):
     lost: str
     """What is lost where it cannot be put in place."""
 
+    def locate(self) -> tuple[Any, str]:
+        """The object that has the target, and the attribute of it that the target is."""
+        parents, _, attribute = self.path.rpartition(".")
+        module = sys.modules[self.module]
+        return (attrgetter(parents)(module) if parents else module), attribute
 
-class Handle(NamedTuple):
-    """A patch that is in place: `wrapper` sits at ``owner.attribute``."""
 
-    owner: Any
-    attribute: str
-    wrapper: Any
+class Handle:
+    """A patch that has been put in place; what a class inherits is wrapped for that class only."""
 
-    @property
-    def name(self) -> str:
-        named = getattr(self.owner, "__qualname__", getattr(self.owner, "__name__", ""))
-        return f"{named}.{self.attribute}"
+    def __init__(self, row: Patch) -> None:
+        self._row = row
+        self._owner, self._attribute = row.locate()
+        self._is_on = True
+        # Another package's wrapper above it can keep the layer in place: it does nothing then.
+        wrapper = (row.wrapper, lambda: self._is_on)
+        self._layer = wrapt.wrap_object(self._owner, self._attribute, _Wrapped, wrapper)
+
+    def __str__(self) -> str:
+        return f"{self._row.module}.{self._row.path}"
+
+    def displaced_by(self) -> str:
+        """What has taken its place, or "": a call of the target still reaches the wrapper."""
+        try:
+            owner, attribute = self._row.locate()
+        except AttributeError as error:
+            return str(error)
+        current = vars(owner).get(attribute)
+        if owner is not self._owner:
+            return f"{self._row.module} has been loaded anew"
+        if self._is_on and any(
+            # A wrapper made with functools.wraps has our wrapper as bound to the class below it.
+            layer is self._layer or getattr(layer, "_self_parent", None) is self._layer
+            for layer in layers(current)
+        ):
+            return ""
+        return f"{self} has been replaced by something of {written_in(current)}"
+
+    def undo(self) -> bool:
+        """Take the patch out; False if another package's wrapper above it prevents that."""
+        with suppress(wrapt.WrapperNotOutermostError):
+            wrapt.unwrap_object(self._owner, self._attribute, self._layer, missing_ok=True)
+        is_out = bool(self.displaced_by())
+        self._is_on = False
+        return is_out
 
 
 class _Wrapped(wrapt.FunctionWrapper):  # type: ignore[type-arg]
@@ -53,18 +87,6 @@ class _Wrapped(wrapt.FunctionWrapper):  # type: ignore[type-arg]
     def __reduce_ex__(self, protocol: Any) -> str:
         name: str = self.__wrapped__.__qualname__
         return name
-
-
-def locate(root: Any, path: str) -> tuple[Any, str]:
-    """The object that has the last attribute of `path`, and the name of that attribute."""
-    parents, _, attribute = path.rpartition(".")
-    return (attrgetter(parents)(root) if parents else root), attribute
-
-
-def wrap(root: Any, path: str, wrapper: Wrapper) -> Handle:
-    """Wrap ``root.path``; what a class inherits is wrapped for that class only."""
-    owner, attribute = locate(root, path)
-    return Handle(owner, attribute, wrapt.wrap_object(owner, attribute, _Wrapped, (wrapper,)))
 
 
 def layers(function: Any) -> Iterator[Any]:
@@ -105,19 +127,3 @@ def written_in(layer: Any) -> str:
     if type(layer).__module__ in ("builtins", "nanobind"):
         return str(getattr(layer, "__module__", "") or "builtins")
     return type(layer).__module__
-
-
-def in_place(handle: Handle) -> bool:
-    """Whether a call of the target still reaches the wrapper."""
-    return any(
-        # A wrapper made with functools.wraps has our wrapper as bound to the class below it.
-        layer is handle.wrapper or getattr(layer, "_self_parent", None) is handle.wrapper
-        for layer in layers(vars(handle.owner).get(handle.attribute))
-    )
-
-
-def undo(handle: Handle) -> bool:
-    """Take the patch out; False if another package's wrapper above it prevents that."""
-    with suppress(wrapt.WrapperNotOutermostError):
-        wrapt.unwrap_object(handle.owner, handle.attribute, handle.wrapper, missing_ok=True)
-    return not in_place(handle)

@@ -14,33 +14,21 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import config, drift
+from . import config, dead_weights, drift
 from .families import LOOPS_MODULE, Family
 from .handles import Patch, Wrapper, layers
-from .registry import broadcast_code
-from .sharing import Run, this_thread
+from .registry import MLX, broadcast_code
+from .sharing import Run, during, not_computed, this_thread
 
 
 class Forward:
-    """A call of `Model.__call__`, or of the pipelined model alone, while it lasts."""
+    """A call of `Model.__call__`, or of the pipelined model alone: ``this_thread.forward``."""
 
-    def __init__(self, stage: Any, run: Run | None, code: CodeType | None, skips_head: bool):
+    def __init__(self, stage: Any, run: Run | None = None) -> None:
         self.stage = stage
         self.run = run
-        self.code = code
-        """That of `stage` which has the hidden broadcast."""
-        self.skips_head = skips_head
-        """Whether its logits are not used, so that the head's weights need not be read."""
-        self.has_broadcast = False
         self.hidden: Any = None
         """The final hidden states ``(B, L, H)``."""
-        self._before: Forward | None = None
-
-    def __enter__(self) -> None:
-        self._before, this_thread.forward = this_thread.forward, self
-
-    def __exit__(self, *_: Any) -> None:
-        this_thread.forward, self._before = self._before, None
 
 
 def model_call(family: Family) -> Wrapper:
@@ -57,30 +45,28 @@ def model_call(family: Family) -> Wrapper:
         stage = family.stage_of(owner)
         if stage.pipeline_size == 1:
             return wrapped(*args, **kwargs)
-        run, code = this_thread.run, broadcast_code(stage)
-        if run is not None and (code is None or (run.owner is not None and run.owner is not owner)):
+        run, is_worker = this_thread.run, stage.pipeline_rank != 0
+        if broadcast_code(stage) is None or (run and run.owner and run.owner is not owner):
             run = None  # of another model
-        is_worker = stage.pipeline_rank != 0
-        gives_hidden = (
-            run is None and config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm()
-        )
-        forward = Forward(stage, run, code, is_worker and (run is not None or gives_hidden))
-        if run is not None:
-            run.begin_forward()
-        with forward:
-            out = wrapped(*args, **kwargs)
-        if gives_hidden and forward.hidden is not None:
-            return forward.hidden
         if run is None:
-            return out
+            gives_hidden = config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm()
+            if not gives_hidden:
+                dead_weights.bring(family.head_of(owner))
+            forward = Forward(stage)
+            with during(forward=forward):
+                out = wrapped(*args, **kwargs)
+            return forward.hidden if gives_hidden and forward.hidden is not None else out
+        run.begin_forward()
+        sent = len(run.sent)
+        with during(forward=Forward(stage, run)):
+            out = wrapped(*args, **kwargs)
         flat: Any = tree_flatten([out])
         arrays = [value for _, value in flat if value is not None]
-        if not forward.has_broadcast or not all(isinstance(a, mx.array) for a in arrays):
-            what = "returned something that is no array" if forward.has_broadcast else "ran without"
+        if len(run.sent) == sent or not all(isinstance(a, mx.array) for a in arrays):
             raise RuntimeError(
-                f"mlx_lm.models.{family.name} {what}"
-                f"{'' if forward.has_broadcast else ' a hidden broadcast'}, so mlx-lm-skiphead "
-                "cannot skip its head. Unset MLX_LM_SKIPHEAD on all ranks to use it."
+                f"mlx_lm.models.{family.name} ran without a hidden broadcast, or has returned what "
+                "is no array, so mlx-lm-skiphead cannot skip its head. Unset MLX_LM_SKIPHEAD on "
+                "all ranks to use it."
             )
         run.vocabulary = arrays[0].shape[-1]
         run.inputs = args[0] if args else None
@@ -93,18 +79,11 @@ def model_call(family: Family) -> Wrapper:
 
 
 def stage_call(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of the pipelined model's ``__call__``, whose hidden states mode "hidden" gives.
-
-    Of its own accord it changes nothing.
-    """
-    forward = this_thread.forward
-    if forward is not None and forward.stage is stage:
-        forward.hidden = wrapped(*args, **kwargs)
-        return forward.hidden
-    if getattr(stage, "pipeline_size", 1) == 1:
-        return wrapped(*args, **kwargs)
-    with Forward(stage, None, None, False):  # a user's own call of it
-        return wrapped(*args, **kwargs)
+    """The wrapper of the pipelined model's ``__call__``, which keeps what mode "hidden" gives."""
+    out = wrapped(*args, **kwargs)
+    if this_thread.forward is not None and this_thread.forward.stage is stage:
+        this_thread.forward.hidden = out
+    return out
 
 
 def all_gather(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -115,54 +94,26 @@ def all_gather(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     upstream's, other packages' within a forward pass too.
     """
     forward = this_thread.forward
-    if forward is None or forward.run is None or not _is_called_by(forward.code):
+    if forward is None or forward.run is None or not _is_called_by(broadcast_code(forward.stage)):
         return wrapped(*args, **kwargs)
-    forward.has_broadcast = True
     forward.run.sent.append(args[0])
     forward.run.broadcast = args[1:], kwargs
     return args[0]
 
 
+_LOST = "every rank runs the head"
+PATCHES = (Patch(MLX, MLX, "distributed.all_gather", all_gather, drift.anything, _LOST),)
+
+
 def patches(family: Family) -> tuple[Patch, ...]:
-    """What ends the hidden broadcast and the head of `family`."""
-    head_lost = "every rank runs the head"
-    return (
-        Patch(
-            family.name,
-            "mlx.core",
-            "distributed.all_gather",
-            all_gather,
-            drift.anything,
-            head_lost,
-        ),
-        Patch(
-            family.name,
-            family.module,
-            f"{family.stage_class}.__call__",
-            stage_call,
-            drift.broadcasts,
-            head_lost,
-        ),
-        Patch(
-            family.name,
-            family.module,
-            f"{family.head_class}.__call__",
-            model_call(family),
-            drift.runs_head,
-            head_lost,
-        ),
-    )
-
-
-def not_computed(array: mx.array, after: list[mx.array] | None = None) -> mx.array:
-    """In the place of `array`, without its memory: NaN, or zeros where its type has no NaN.
-
-    NaN since a number that was never computed must not look like one; in full shape since MLX
-    checks no bounds and every rank indexes its logprobs by token.
-    """
-    is_float = mx.issubdtype(array.dtype, mx.inexact)
-    one = mx.array(float("nan") if is_float else 0, array.dtype)
-    return mx.broadcast_to(mx.depends(one, after) if after else one, array.shape)
+    """What ends the head of `family`, and looks at its hidden states."""
+    row = (family.name, family.module)
+    path = f"{family.head_class}.__call__"
+    head = Patch(*row, path, model_call(family), drift.runs_head, _LOST)
+    if family.base:  # which has the other
+        return (head,)
+    path = f"{family.stage_class}.__call__"
+    return (Patch(*row, path, stage_call, drift.broadcasts, _LOST), head)
 
 
 def _is_called_by(code: CodeType | None) -> bool:

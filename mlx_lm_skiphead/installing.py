@@ -8,44 +8,30 @@ are registered once per process and look at whether the plugin is installed.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import inspect
 import logging
 import sys
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import wrapt
 
-from . import config, registry
-from .families import BY_NAME, FAMILIES, LOADING_MODULE, LOOPS_MODULE, Family
-from .handles import Handle, Patch, in_place, locate, undo, wrap, written_in
-from .registry import Patched, SkipheadError, Target, lock, outcomes, patched
+from . import config, drift, registry
+from .families import BY_NAME, FAMILIES, LOADING_MODULE, LOOPS_MODULE
+from .handles import Handle, Patch
+from .registry import MLX, ModelStatus, Outcome, SkipheadError, Target, lock, outcomes
 
 log = logging.getLogger("mlx_lm_skiphead")
 
 LOOPS = ("generate_step", "speculative_generate_step", "GenerationBatch")
 MODULES = {
+    MLX: LOADING_MODULE,
     **dict.fromkeys(LOOPS, LOOPS_MODULE),
-    "sharded_load": LOADING_MODULE,
     **{family.name: family.module for family in FAMILIES},
 }
 """By group of patches, whose import it waits for."""
-
-
-class ModelStatus(NamedTuple):
-    """A model that was split into a pipeline while the plugin was on, on this rank."""
-
-    family: str
-    rank: int
-    ranks: int
-    on_disk: dict[str, int]
-    """Bytes of weights that have not been read, by name of the module that they belong to."""
-
-    def __str__(self) -> str:
-        parts = [f"{name} {size / 1e6:.1f} MB" for name, size in self.on_disk.items()]
-        left = " and ".join(parts) or "nothing"
-        return f"{self.family}, rank {self.rank} of {self.ranks}: {left} left on disk"
 
 
 class Status(NamedTuple):
@@ -59,9 +45,11 @@ class Status(NamedTuple):
     """By function or class of ``mlx_lm.generate``."""
     models: tuple[ModelStatus, ...]
     """The models that are alive."""
+    mlx: Target
+    """The functions of mlx that the plugin needs; without them no family is patched."""
 
     def __str__(self) -> str:
-        lines = [f"mlx-lm-skiphead is {self.mode}"]
+        lines = [f"mlx-lm-skiphead is {self.mode}", f"mlx: {self.mlx}"]
         for title, targets in (("loops", self.loops), ("families", self.families)):
             lines += [f"{title}:", *(f"  {name:<26}{target}" for name, target in targets.items())]
         if self.models:
@@ -69,9 +57,6 @@ class Status(NamedTuple):
         return "\n".join(lines)
 
 
-_handles: list[Handle] = []
-_left_behind: list[Handle] = []
-"""What could not be taken out again from under another package's wrapper. It does nothing."""
 _hooked: set[str] = set()
 _strict = False
 
@@ -81,9 +66,9 @@ def table() -> tuple[Patch, ...]:
     """Every patch, one row each."""
     from . import agreement, dead_weights, head, loops
 
-    rows = [*loops.PATCHES, *agreement.PATCHES, *dead_weights.PATCHES]
+    rows = [*head.PATCHES, *agreement.PATCHES, *dead_weights.PATCHES, *loops.PATCHES]
     for family in FAMILIES:
-        if not family.same_as:
+        if not family.is_alias:
             rows += [*head.patches(family), *dead_weights.patches(family)]
     return tuple(rows)
 
@@ -108,114 +93,69 @@ def install(mode: str = "on", strict: bool = False) -> None:
     global _strict
     if mode not in ("on", "hidden"):
         raise ValueError(f"mode={mode!r} is not understood. Accepted: 'on', 'hidden'.")
+    modules = dict.fromkeys(MODULES.values())
     # Not under the lock: a hook that runs in another thread waits for it, inside an import.
-    for name in dict.fromkeys(MODULES.values()):
-        _await_import(name)
+    for name in modules:
+        if name in sys.modules:
+            importlib.import_module(name)  # waits for another thread that imports it
+        elif name not in _hooked:
+            _hooked.add(name)
+            wrapt.register_post_import_hook(_on_import, name)
     with lock:
         config.active, _strict = mode, strict  # type: ignore[assignment]
         refused = []
-        for name in dict.fromkeys(MODULES.values()):
-            if name in sys.modules:
-                try:
+        for name in modules:
+            try:
+                if name in sys.modules:
                     _patch_module(sys.modules[name])
-                except SkipheadError as error:
-                    refused.append(str(error))
+            except SkipheadError as error:
+                refused.append(str(error))
         if refused:
             raise SkipheadError("\n".join(refused))
-
-
-def _await_import(name: str) -> None:
-    """Have a hook for when `name` is imported, or its import by another thread finished."""
-    if name not in sys.modules and name not in _hooked:
-        _hooked.add(name)
-        wrapt.register_post_import_hook(_on_import, name)
-    if _is_being_imported(sys.modules.get(name)):
-        importlib.import_module(name)  # waits for the other thread
-
-
-def _is_being_imported(module: ModuleType | None) -> bool:
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def uninstall() -> None:
     """Give mlx-lm its own functions back; also safe when nothing is installed.
 
-    Where another package has replaced a patched function, or has wrapped it in a way that cannot be
-    taken apart, what is left of ours only calls what it wraps. All ranks must do the same.
+    Where another package has wrapped a patched function in a way that cannot be taken apart, what
+    is left of ours only calls what it wraps. All ranks must do the same.
 
     Raises:
         SkipheadError: while a generation is running.
     """
     with lock:
+        if registry.generations():
+            gc.collect()  # what failed is kept alive by the traceback of its error
         if count := registry.generations():
             raise SkipheadError(
-                f"mlx-lm-skiphead cannot be uninstalled while {count} generations are running. "
-                "Let them end first, or end them: close() of a generator, remove() of all requests "
-                "of a batch."
+                "mlx-lm-skiphead cannot be uninstalled while a generation is running, and here run "
+                f"{count}. Let each end first, or end it: close() of a generator, remove() of all "
+                "requests of a batch."
             )
         config.active = "off"
-        while _handles:
-            _take_out(_handles.pop())
-        for known in (outcomes, patched):
-            known.clear()
+        for outcome in reversed(outcomes.values()):
+            _take_out(outcome.handles)
+        outcomes.clear()
 
 
 def status() -> Status:
     """What is patched in this process, what waits for its import, and what was refused and why."""
     with lock:
-        models = []
+        models: tuple[ModelStatus, ...] = ()
         if "mlx.core" in sys.modules:
             from . import dead_weights
 
-            models = [
-                ModelStatus(p.family.name, p.rank, p.ranks, p.on_disk())
-                for p in dead_weights.models()
-            ]
-        return Status(
-            config.active,
-            {family.name: _target(family.name) for family in FAMILIES},
-            {name: _target(name) for name in LOOPS},
-            tuple(models),
-        )
+            models = tuple(p.status() for p in dead_weights.models())
+        found = {group: _target(group) for group in MODULES}
+        loops = {name: found[name] for name in LOOPS}
+        families = {name: found[name] for name in BY_NAME}
+        return Status(config.active, families, loops, models, found[MLX])
 
 
 def _target(group: str) -> Target:
-    outcome = outcomes.get(group)
-    if outcome is None:
-        is_off = config.active == "off" or MODULES[group] in sys.modules
-        return Target("off" if is_off else "not imported yet")
-    if outcome.state == "patched" and (reason := _displaced(group)):
-        return Target("replaced", reason)
-    return outcome
-
-
-def _displaced(group: str) -> str:
-    """What has been put in the place of the patches of a group, or ""."""
-    if group in BY_NAME:
-        # An alias has the Model of another family, or one that inherits from it.
-        model = getattr(sys.modules.get(MODULES[group]), "Model", None)
-        found = next((patched[c] for c in getattr(model, "__mro__", ()) if c in patched), None)
-        if found is None:
-            return f"{MODULES[group]} has been loaded anew; install() patches it again"
-        handles = found.handles
-    else:
-        handles = [_handle_of(row) for row in table() if row.group == group]
-    for handle in handles:
-        if not in_place(handle):
-            current = inspect.getattr_static(handle.owner, handle.attribute, None)
-            return (
-                f"{handle.name} has been replaced by something of {written_in(current)}; "
-                "install() patches that"
-            )
-    return ""
-
-
-def _handle_of(row: Patch) -> Handle:
-    owner, attribute = locate(sys.modules[row.module], row.path)
-    for handle in _handles:
-        if handle.owner is owner and handle.attribute == attribute:
-            return handle
-    return Handle(owner, attribute, None)  # its module has been loaded anew
+    if group not in outcomes and config.active != "off" and MODULES[group] not in sys.modules:
+        return Target("not imported yet")
+    return registry.target(group)
 
 
 def _on_import(module: ModuleType) -> None:
@@ -228,102 +168,59 @@ def _on_import(module: ModuleType) -> None:
 def _patch_module(module: ModuleType) -> None:
     """Patch what waits for one imported module. Only a `strict` install raises."""
     for group, name in MODULES.items():
-        if name == module.__name__:
-            _attempt(group, module)
+        if name != module.__name__ or registry.target(group).state == "patched":
+            continue
+        _take_out(outcomes.get(group, Outcome(Target("off"))).handles)
+        try:
+            outcomes[group] = _patch(group, module)
+        except Exception as error:  # an import of the user's must not fail for it
+            outcomes[group] = Outcome(Target("refused", f"{type(error).__name__}: {error}"))
+        if outcomes[group].target.state == "refused":
+            message = f"{group} is left to upstream mlx-lm: {outcomes[group].target.reason}"
+            if _strict:
+                raise SkipheadError(message)
+            log.warning(message)
 
 
-def _attempt(group: str, module: ModuleType) -> None:
-    if outcomes.get(group) == Target("patched") and not _displaced(group):
-        return
-    before = len(_handles)
-    try:
-        outcome = _patch(group, module)
-    except Exception as error:  # an import of the user's must not fail for it
-        outcome = Target("refused", f"{type(error).__name__}: {error}")
-    outcomes[group] = outcome
-    if outcome.state != "refused":
-        return
-    for handle in _handles[before:]:
-        _handles.remove(handle)
-        _take_out(handle)
-    message = f"{group} is left to upstream mlx-lm: {outcome.reason}"
-    if _strict:
-        raise SkipheadError(message)
-    log.warning(message)
-
-
-def _patch(group: str, module: ModuleType) -> Target:
-    from . import drift
-
+def _patch(group: str, module: ModuleType) -> Outcome:
     family = BY_NAME.get(group)
-    if family is not None and family.same_as:
-        base = BY_NAME[family.same_as]
-        _attempt(base.name, sys.modules[base.module])
-        reason = _alias_drift(module, sys.modules[base.module])
-        return Target("refused", reason) if reason else outcomes[base.name]
     if family is not None:
-        if _is_being_imported(module) and not hasattr(module, "Model"):
-            return Target("refused", "it is being imported; call install() again after that")
+        if not inspect.isclass(getattr(module, "Model", None)):
+            reason = f"expected a class Model in {module.__name__}, found none; if it is being"
+            return Outcome(Target("refused", f"{reason} imported, call install() after that"))
+        if family.is_alias:
+            return Outcome(_alias(module, sys.modules[BY_NAME[family.base].module]))
         if not drift.is_pipelined(module):
-            return Target("not pipelined")
-        for name in ("Model", family.head_class, family.stage_class):
-            if not inspect.isclass(getattr(module, name, None)):
-                return Target(
-                    "refused", f"expected a class {name} in {module.__name__}, found none"
-                )
+            return Outcome(Target("not pipelined"))
     rows = [row for row in table() if row.group == group]
     for row in rows:
-        root = sys.modules[row.module]
         try:
-            owner, attribute = locate(root, row.path)
+            owner, attribute = row.locate()
             reason = row.needs(getattr(owner, attribute))
         except AttributeError as error:
             reason = f"expected {row.path}, found none ({error})"
         if reason:
-            return Target("refused", f"{row.module}.{row.path}: {reason}; {row.lost}")
-    handles = [_wrap(sys.modules[row.module], row) for row in rows]
-    if family is not None:
-        _register(family, module, handles)
-    return Target("patched")
+            return Outcome(Target("refused", f"{row.module}.{row.path}: {reason}; {row.lost}"))
+    return Outcome(Target("patched"), tuple(map(Handle, rows)), getattr(module, "Model", None))
 
 
-def _register(family: Family, module: ModuleType, handles: list[Handle]) -> None:
-    known = [h for h in handles if h.attribute != "pipeline"]
-    patched[module.Model] = Patched(family, getattr(module, family.head_class), known)
+def _alias(module: ModuleType, base: ModuleType) -> Target:
+    """Whether `Model` of `module` is covered by what is patched in `base`."""
+    model = module.Model
+    if not issubclass(model, base.Model):
+        expected = f"{module.__name__}.Model to be a {base.__name__}.Model, found {model!r}"
+    elif model is not base.Model and "__call__" in vars(model):
+        expected = f"{module.__name__}.Model to inherit __call__, found one of its own"
+    else:
+        return Target("patched")
+    return Target("refused", f"expected {expected}")
 
 
-def _alias_drift(module: ModuleType, base: ModuleType) -> str:
-    """Why `Model` of `module` is not covered by what is patched in `base`, or ""."""
-    model = getattr(module, "Model", None)
-    if not (inspect.isclass(model) and issubclass(model, base.Model)):
-        return f"expected {module.__name__}.Model to be a {base.__name__}.Model, found {model!r}"
-    if model is not base.Model and "__call__" in vars(model):
-        return f"expected {module.__name__}.Model to inherit __call__, found one of its own"
-    return ""
-
-
-def _wrap(root: Any, row: Patch) -> Handle:
-    owner, attribute = locate(root, row.path)
-    for known in (_handles, _left_behind):
-        for handle in known:
-            if handle.owner is owner and handle.attribute == attribute:
-                if not in_place(handle):
-                    known.remove(handle)
-                    break
-                if known is _left_behind:  # a second layer of ours would not work
-                    known.remove(handle)
-                    _handles.append(handle)
-                return handle
-    handle = wrap(root, row.path, row.wrapper)
-    _handles.append(handle)
-    return handle
-
-
-def _take_out(handle: Handle) -> None:
-    if not undo(handle):
-        _left_behind.append(handle)
-        log.warning(
-            "%s is wrapped by another package in a way that cannot be taken apart; what is left "
-            "of mlx-lm-skiphead there does nothing",
-            handle.name,
-        )
+def _take_out(handles: tuple[Handle, ...]) -> None:
+    for handle in reversed(handles):
+        if not handle.undo():
+            log.warning(
+                "%s is wrapped by another package in a way that cannot be taken apart; what is "
+                "left of mlx-lm-skiphead there does nothing",
+                handle,
+            )

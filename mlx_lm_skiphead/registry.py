@@ -8,17 +8,22 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
+import sys
 import threading
 import weakref
+from contextlib import suppress
 from types import CodeType
 from typing import Any, NamedTuple
 
 from . import drift
-from .families import Family
-from .handles import Handle, in_place
+from .families import BY_NAME, Family
+from .handles import Handle
 
 log = logging.getLogger("mlx_lm_skiphead")
 lock = threading.RLock()
+
+MLX = "mlx.core"
+"""The group of patches of mlx itself, without which no other works."""
 
 
 class SkipheadError(RuntimeError):
@@ -41,12 +46,28 @@ class Target(NamedTuple):
         return f"{self.state}: {self.reason}" if self.reason else self.state
 
 
-class Patched(NamedTuple):
-    """A patched family."""
+class ModelStatus(NamedTuple):
+    """A model that was split into a pipeline while the plugin was on, on this rank."""
 
-    family: Family
-    head_class: type
-    handles: list[Handle]
+    family: str
+    rank: int
+    ranks: int
+    on_disk: dict[str, int]
+    """Bytes of weights that have not been read, by name of the module that they belong to."""
+
+    def __str__(self) -> str:
+        parts = [f"{name} {size / 1e6:.1f} MB" for name, size in self.on_disk.items()]
+        left = " and ".join(parts) or "nothing"
+        return f"{self.family}, rank {self.rank} of {self.ranks}: {left} left on disk"
+
+
+class Outcome(NamedTuple):
+    """What became of a group of patches, when they were put in place."""
+
+    target: Target
+    handles: tuple[Handle, ...] = ()
+    model: type | None = None
+    """Of a family: its class `Model`."""
 
 
 class Split(NamedTuple):
@@ -59,12 +80,23 @@ class Split(NamedTuple):
     """The pipelined model within the owner."""
 
 
-outcomes: dict[str, Target] = {}
+outcomes: dict[str, Outcome] = {}
 """By group of patches."""
-patched: dict[type, Patched] = {}
-"""By the class `Model` of its module."""
 running: weakref.WeakSet[Any] = weakref.WeakSet()
 """Generations that have begun and not ended: runs, and batches, which have ended when empty."""
+
+
+def target(group: str) -> Target:
+    """What is so now of a group of patches, and of what it builds on."""
+    base = BY_NAME[group].base if group in BY_NAME else ""
+    for name in filter(None, (group, base, MLX)):
+        outcome = outcomes.get(name, Outcome(Target("off")))
+        if outcome.target.state != "patched":
+            return outcome.target
+        for handle in outcome.handles:
+            if reason := handle.displaced_by():
+                return Target("replaced", f"{reason}; install() patches that")
+    return Target("patched")
 
 
 def family_of(model: Any) -> Family | None:
@@ -73,10 +105,10 @@ def family_of(model: Any) -> Family | None:
     None also where another package has since put something in place of what was patched, and for
     a subclass with a ``__call__`` of its own.
     """
+    names = {outcome.model: name for name, outcome in outcomes.items() if outcome.model}
     for cls in type(model).__mro__:
-        if cls in patched:
-            family, _, handles = patched[cls]
-            return family if all(map(in_place, handles)) else None
+        if cls in names:
+            return BY_NAME[names[cls]] if target(names[cls]).state == "patched" else None
         if "__call__" in vars(cls):
             return None
     return None
@@ -101,17 +133,16 @@ def owner_of(stage: Any) -> Split | None:
     takes some 20 ms.
     """
     with lock:
-        known = [p for p in patched.values() if all(map(in_place, p.handles))]
+        names = [name for name, outcome in outcomes.items() if outcome.model]
+        families = [BY_NAME[name] for name in names if target(name).state == "patched"]
+    classes = [getattr(sys.modules[f.module], f.head_class) for f in families]
     for thing in gc.get_objects():
-        for family, head_class, _ in known:
+        for family, head_class in zip(families, classes, strict=True):
             # By type(): asking some objects for their __class__ runs code of theirs.
             if issubclass(type(thing), head_class):
-                try:
-                    found = family.stage_of(thing) is stage
-                except AttributeError:  # it is being built
-                    continue
-                if found:
-                    return Split(family, thing, stage)
+                with suppress(AttributeError):  # it is being built
+                    if family.stage_of(thing) is stage:
+                        return Split(family, thing, stage)
     return None
 
 

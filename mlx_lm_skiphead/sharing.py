@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -25,8 +25,9 @@ from . import config
 
 log = logging.getLogger("mlx_lm_skiphead")
 
-Sampler = Callable[[mx.array], mx.array]
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+Sampling = Callable[..., mx.array]
+"""A sampler, which gives ids ``(B,)`` of logprobs ``(B, V)``, or a logits processor, which gives
+logits ``(1, V)`` of the ids so far and logits."""
 
 COMPUTED_EVERY = 32
 """Steps after which a worker computes what it sampled itself, so that the graph of a sampler's own
@@ -38,15 +39,28 @@ class _PerThread(threading.local):
     """The run whose step this thread is building."""
     forward: Any = None
     """The forward pass of a pipelined model that is being built (head.py)."""
-    unshared: Run | None = None
-    """What `rank_zero_head` has called, until `share_tokens`."""
+    own: Run | None = None
+    """That of `rank_zero_head` and `share_tokens`."""
 
 
 this_thread = _PerThread()
 
 
+@contextmanager
+def during(**values: Any) -> Iterator[None]:
+    """Inside the ``with`` block `this_thread` has these attributes."""
+    before = {name: getattr(this_thread, name) for name in values}
+    vars(this_thread).update(values)
+    try:
+        yield
+    finally:
+        vars(this_thread).update(before)
+
+
 class Run:
-    """A generation over a pipelined model, on one rank. Its steps are built in its ``with`` block.
+    """A generation over a pipelined model, on one rank.
+
+    Its steps are built inside ``with during(run=run)``.
 
     Args:
         owner: the head owner within the model (`Family.owner_of`), or None for any model.
@@ -65,34 +79,24 @@ class Run:
         """Ids that the last forward pass was given, ``(B, L)``."""
         self.vocabulary = 0
         """The width of its logits."""
-        self.is_sampling = False
-        """Whether a sampler or a logits processor is being called."""
         self.failure: BaseException | None = None
-        """What one of them has raised on this rank, in the step that is being built."""
+        """What a sampler or a logits processor has raised on this rank and all are to raise."""
         self.has_failed = False
-        """Whether all ranks have raised."""
-        self.shares: deque[tuple[mx.array, int, mx.array | None]] = deque()
-        """Those that `check` has yet to look at: the share, how many ids, `mx.random`'s key before
-        the step."""
+        """Whether all have."""
+        self.shares: deque[Share] = deque()
+        """Those that `check` has yet to look at."""
         self.last: mx.array | None = None
         """The last share."""
-        self._before: Run | None = None
+        self._is_sampling = False
         self._key: mx.array | None = None
-        """Of `mx.random`, when the step began or, on a worker, when it failed."""
+        """Of `mx.random`, when the step began or when this rank failed in it."""
         self._steps = 0
         self._has_warned = False
 
-    def __enter__(self) -> None:
-        """From here on calls of this run's model, in this thread, are steps of the loop."""
-        self._before, this_thread.run = this_thread.run, self
-
-    def __exit__(self, *_: Any) -> None:
-        this_thread.run, self._before = self._before, None
-
     @property
     def is_extra(self) -> bool:
-        """Whether a call of the model is not the loop's one call for a token."""
-        return self.owner is None or self.is_sampling
+        """Whether a call of the model now is not the loop's one call for a token."""
+        return self.owner is None or self._is_sampling
 
     def begin_forward(self) -> None:
         """A forward pass follows. What is left of an earlier one that was not shared is ordered.
@@ -104,26 +108,23 @@ class Run:
             mx.async_eval(self.sent)  # type: ignore[no-untyped-call]
         elif self.sent:
             self.sent.clear()
-        if not self.is_sampling and self.failure is None:
+        if not self._is_sampling and self.failure is None:
             self._key = _random_key()
 
-    def share(
-        self, tokens: mx.array | None, size: int, compare: mx.array | None = None
-    ) -> mx.array:
+    def share(self, tokens: mx.array, compare: mx.array | None = None) -> mx.array:
         """Give every rank the ids that rank 0 sampled: the token share.
 
         What a worker adds depends on its own sends and on nothing else, so that they happen. Each
-        rank adds whether it failed to sample (`attempt`); where all did, each raises its own error
-        here, as upstream would. Where only rank 0 and some others did, `check` raises in the next
-        step; where only workers did, they go on, since the ids are rank 0's anyway.
+        rank adds whether it failed to sample. Where all did, each raises its own error here, as
+        upstream would; where only rank 0 and some others did, `check` raises in the next step;
+        where only workers did, they go on, since the ids are rank 0's anyway.
 
         Args:
-            tokens: ids of shape ``(size,)``; only rank 0's count. None if sampling failed.
-            size: the same on all ranks.
-            compare: ids of shape ``(M,)`` that must be the same on all ranks; `differing` tells.
+            tokens: ids, of a shape that is the same on all ranks; only rank 0's count.
+            compare: ids of shape ``(M,)`` that must be the same on all ranks; see `Share.rows`.
 
         Returns:
-            Rank 0's ids on every rank, shape ``(size,)``, in the type of `tokens`.
+            Rank 0's ids on every rank, in the shape and type of `tokens`.
         """
         if not self.sent:
             raise RuntimeError(
@@ -131,96 +132,83 @@ class Run:
                 "taken the place of mlx-lm-skiphead's. Unset MLX_LM_SKIPHEAD on all ranks, or "
                 "import that package first."
             )
-        if self.failure is None and (not isinstance(tokens, mx.array) or tokens.shape != (size,)):
-            self.failure = ValueError(
-                f"The sampler returned {_described(tokens)} where mlx-lm shares one token for each "
-                f"of {size} rows of logprobs: an array of shape ({size},)."
-            )
-        failed = self.failure is not None
+        size, failed = tokens.size, self.failure is not None
         sent, self.sent = self.sent, []
-        if self.is_worker or failed:
-            nothing = mx.array([0] * size + [int(failed)], mx.uint32)
-            mine = _after(nothing, sent)
-        else:
-            assert tokens is not None
-            ids = tokens.astype(mx.uint32)
-            if len(sent) > 1:
-                ids = mx.depends(ids, sent)
-            # On the CPU's stream: the GPU is waited for once, as for upstream's broadcast.
-            mine = mx.concatenate([ids, mx.array([0], mx.uint32)], stream=mx.cpu)
-        if compare is not None:
-            mine = mx.concatenate([mine, compare.astype(mx.uint32)], stream=mx.cpu)
+        # On the CPU's stream: the GPU is waited for once, as for upstream's broadcast.
+        with mx.stream(mx.cpu):
+            if self.is_worker or failed:
+                mine = mx.depends(mx.array([0] * size + [int(failed)], mx.uint32), sent)
+            else:
+                ids = mx.depends(tokens, sent) if len(sent) > 1 else tokens
+                mine = mx.concatenate([ids.flatten().astype(mx.uint32), mx.array([0], mx.uint32)])
+            if compare is not None:
+                mine = mx.concatenate([mine, compare.astype(mx.uint32)])
         args, kwargs = self.broadcast
         # On the stream that upstream's sends and receives take too: their order is the protocol.
         everyone = self.last = mx.distributed.all_gather(mine, *args, **kwargs)
-        self.shares.append((everyone, size, self._key))
+        self.shares.append(Share(everyone, size, mine.size, self._key))
         if failed:
-            self._settle(everyone, size, mine.size)
+            self._settle(self.shares[-1])
         self._steps += 1
-        if self.is_worker and tokens is not None and self._steps % COMPUTED_EVERY == 0:
+        if self.is_worker and self._steps % COMPUTED_EVERY == 0:
             mx.async_eval(tokens)  # type: ignore[no-untyped-call]
-        shared = self.valid(everyone[:size])
-        return shared.astype(tokens.dtype) if isinstance(tokens, mx.array) else shared
+        ids = everyone[:size]
+        # A lost peer leaves random memory in the place of its ids, and on a CPU embedding that
+        # would end this process before MLX raises. With a GPU nothing is done: ranks of 4 GPUs
+        # stood still with more work of the CPU between their steps.
+        if self.vocabulary and mx.default_device() == mx.cpu:
+            ids = mx.minimum(ids, self.vocabulary - 1)
+        return ids.reshape(tokens.shape).astype(tokens.dtype)
 
-    def attempt(self, function: Callable[..., mx.array], *args: mx.array) -> mx.array | None:
-        """What a sampler or a logits processor gives; None, and a `failure`, if it raises.
+    def sampler(self, sampler: Sampling) -> Sampling:
+        """`sampler`, whose failure waits for the share."""
+        return self._guarded(sampler, lambda logprobs: mx.zeros(logprobs.shape[:1], mx.uint32))
+
+    def processor(self, processor: Sampling) -> Sampling:
+        """`processor`, whose failure waits for the share."""
+        return self._guarded(processor, lambda tokens, logits: logits)
+
+    def _guarded(self, function: Sampling, otherwise: Sampling) -> Sampling:
+        """`function`; if it raises, a `failure`, and what `otherwise` gives.
 
         The other ranks must not wait for what never comes: the step is finished first. What comes
         after a failure is not called on rank 0, as upstream; a worker's failure may be its own (it
         looked at NaN), and what counts calls must count them all the same.
         """
-        if self.failure is not None and not self.is_worker:
-            return None
-        before, self.is_sampling = self.is_sampling, True
-        try:
-            return function(*args)
-        except BaseException as error:
-            if self.failure is None:
-                self.failure, self._key = error, _random_key()
-            return None
-        finally:
-            self.is_sampling = before
 
-    def sampling(self, sampler: Sampler) -> Sampler:
-        """`sampler`, which gives every rank rank 0's ids, ``(B,)`` of logprobs ``(B, V)``."""
+        def call(*args: mx.array) -> mx.array:
+            if self.failure is not None and not self.is_worker:
+                return otherwise(*args)
+            before, self._is_sampling = self._is_sampling, True
+            try:
+                return function(*args)
+            except BaseException as error:
+                if self.failure is None:
+                    self.failure, self._key = error, _random_key()
+                return otherwise(*args)
+            finally:
+                self._is_sampling = before
 
-        def sample(logprobs: mx.array) -> mx.array:
-            return self.share(self.attempt(sampler, logprobs), logprobs.shape[0])
+        return call
 
-        return sample
-
-    def processing(self, processor: LogitsProcessor) -> LogitsProcessor:
-        """`processor`, whose failure waits until the step has been shared."""
-
-        def process(tokens: mx.array, logits: mx.array) -> mx.array:
-            processed = self.attempt(processor, tokens, logits)
-            return logits if processed is None else processed
-
-        return process
-
-    def _settle(self, everyone: mx.array, size: int, width: int) -> None:
+    def _settle(self, share: Share) -> None:
         """This rank failed to sample: raise if all did, go on if rank 0 did not. Waits for that."""
-        numbers: Any = everyone.tolist()
-        failed = numbers[size::width]
+        failed = [row[share.size] for row in share.rows()]
         if all(failed):
-            self._raise(self._key)
+            self._raise(share)
         if not failed[0]:
-            self._go_on()
+            if not self._has_warned:
+                log.warning(
+                    "A sampler or a logits processor failed on this rank only, where the logits "
+                    "are NaN (%r). That changes nothing: the tokens are rank 0's.",
+                    self.failure,
+                )
+            self._has_warned, self.failure = True, None
 
-    def _go_on(self) -> None:
-        """Rank 0 has sampled, so what this worker's sampler or processor raised is no error."""
-        if not self._has_warned:
-            self._has_warned = True
-            log.warning(
-                "A sampler or a logits processor failed on this rank only, where the logits are "
-                "NaN (%r). That changes nothing: the tokens are rank 0's.",
-                self.failure,
-            )
-        self.failure = None
-
-    def _raise(self, key: mx.array | None) -> None:
-        if self.is_worker and key is not None:
-            _set_random_key(key)  # rank 0 has drawn no more since then
+    def _raise(self, share: Share) -> None:
+        if self.is_worker and share.key is not None:
+            numbers: Any = share.key.tolist()  # rank 0 has drawn no more since then
+            mx.random.seed(numbers[0] << 32 | numbers[1])
         self.shares.clear()
         self.has_failed = True
         error, self.failure = self.failure, None
@@ -236,36 +224,10 @@ class Run:
             in_flight: how many of the last shares are not to be waited for.
         """
         while len(self.shares) > in_flight:
-            share, size, key = self.shares[0]
-            if self.is_worker or self.failure is not None:
-                numbers: Any = share.tolist()
-                if numbers[size]:
-                    self._raise(key)
+            share = self.shares[0]
+            if (self.is_worker or self.failure is not None) and share.rows()[0][share.size]:
+                self._raise(share)
             self.shares.popleft()
-        if self.failure is not None and not self.shares:
-            self._go_on()
-
-    def differing(self) -> str:
-        """In what the ranks differ of what the last share compared, or ""; waits for it."""
-        share, size, _ = self.shares[-1]
-        ranks = mx.distributed.init().size()
-        numbers: Any = share.reshape(ranks, -1).tolist()
-        rows = [row[size + 1 :] for row in numbers]
-        if all(row == rows[0] for row in rows):
-            return ""
-        return "; ".join(f"{row} on rank {rank}" for rank, row in enumerate(rows))
-
-    def valid(self, tokens: mx.array) -> mx.array:
-        """`tokens` within the vocabulary.
-
-        They are, unless a peer was lost: then MLX leaves random memory in the place of what it
-        did not receive, and on a CPU, embedding that would end this process before its error is
-        raised. With a GPU nothing is done: ranks of 4 GPUs stood still with more work of the CPU
-        between their steps.
-        """
-        if self.vocabulary and mx.default_device() == mx.cpu:
-            return mx.minimum(tokens, self.vocabulary - 1)
-        return tokens
 
     def finish(self, stream: Any) -> None:
         """Wait for the last step, so that no rank leaves while another is still sending.
@@ -279,6 +241,21 @@ class Run:
             mx.eval(self.last)
             self.last = None
             mx.synchronize(stream)
+
+
+class Share(NamedTuple):
+    """A token share: of each rank `size` ids, whether it failed, and what is compared."""
+
+    everyone: mx.array
+    size: int
+    width: int
+    key: mx.array | None
+    """Of `mx.random`, before the step."""
+
+    def rows(self) -> list[list[int]]:
+        """What each rank has put into it. Waits for it."""
+        rows: Any = self.everyone.reshape(-1, self.width).tolist()
+        return rows  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -296,10 +273,8 @@ def rank_zero_head() -> Iterator[None]:
     if config.active == "off":
         yield
         return
-    run = this_thread.unshared or Run(None, mx.distributed.init().rank() != 0)
-    with run:
+    with during(run=_own_run()):
         yield
-    this_thread.unshared = run if run.sent else None
 
 
 def share_tokens(tokens: mx.array) -> mx.array:
@@ -328,29 +303,27 @@ def share_tokens(tokens: mx.array) -> mx.array:
             "share_tokens() was called inside a rank_zero_head() block or a loop of mlx-lm. Call "
             "it behind the block; loops of mlx-lm share their tokens themselves."
         )
-    group = mx.distributed.init()
-    if group.size() == 1:
+    if mx.distributed.init().size() == 1:
         return tokens
-    run, sent = this_thread.unshared, []
-    if run is not None and run.sent:
-        batch = run.sent[-1].shape[0]
-        if tokens.ndim == 0 or tokens.shape[0] != batch:
-            raise ValueError(
-                f"share_tokens() got tokens of shape {tokens.shape} after a model call with a "
-                f"batch of {batch}. The shape must be the same on all ranks, the batch first."
-            )
-        sent, this_thread.unshared = run.sent, None
-    if group.rank() == 0:
-        mine = tokens.astype(mx.uint32).flatten()
-        mine = mx.depends(mine, sent) if sent else mine
-    else:
-        mine = _after(mx.zeros((tokens.size,), mx.uint32, stream=mx.cpu), sent or [tokens])
-    everyone = mx.distributed.all_gather(mine)[: tokens.size]
-    if run is not None:
-        everyone = run.valid(everyone)
-    shared = everyone.reshape(tokens.shape).astype(tokens.dtype)
+    run = _own_run()
+    if config.active == "off":
+        run.sent = []
+    if run.sent and (tokens.ndim == 0 or tokens.shape[0] != run.sent[-1].shape[0]):
+        raise ValueError(
+            f"share_tokens() got tokens of shape {tokens.shape} after a model call with a batch of "
+            f"{run.sent[-1].shape[0]}. The shape must be the same on all ranks, the batch first."
+        )
+    run.sent = run.sent or [tokens]
+    shared = run.share(tokens)
+    run.shares.clear()
     mx.async_eval(shared)  # type: ignore[no-untyped-call]
     return shared
+
+
+def _own_run() -> Run:
+    if this_thread.own is None:
+        this_thread.own = Run(None, mx.distributed.init().rank() != 0)
+    return this_thread.own
 
 
 def outside(callback: Callable[..., None] | None) -> Callable[..., None] | None:
@@ -359,31 +332,23 @@ def outside(callback: Callable[..., None] | None) -> Callable[..., None] | None:
         return None
 
     def called(*args: Any) -> None:
-        before, this_thread.run = this_thread.run, None
-        try:
+        with during(run=None):
             callback(*args)
-        finally:
-            this_thread.run = before
 
     return called
 
 
-def _after(nothing: mx.array, sent: list[mx.array]) -> mx.array:
-    """`nothing`, once `sent` has been sent: no work of the GPU, and no wait for it."""
-    with mx.stream(mx.cpu):
-        after: mx.array = mx.depends(nothing, sent)
-    return after
+def not_computed(array: mx.array, after: list[mx.array] | None = None) -> mx.array:
+    """In the place of `array`, without its memory: NaN, or zeros where its type has no NaN.
+
+    NaN since a number that was never computed must not look like one; in full shape since MLX
+    checks no bounds and every rank indexes its logprobs by token.
+    """
+    is_float = mx.issubdtype(array.dtype, mx.inexact)
+    one = mx.array(float("nan") if is_float else 0, array.dtype)
+    return mx.broadcast_to(mx.depends(one, after) if after else one, array.shape)
 
 
 def _random_key() -> Any:
     state: Any = mx.random.state
     return state[0]
-
-
-def _set_random_key(key: mx.array) -> None:
-    numbers: Any = key.tolist()
-    mx.random.seed(numbers[0] << 32 | numbers[1])
-
-
-def _described(tokens: Any) -> str:
-    return f"an array of shape {tokens.shape}" if isinstance(tokens, mx.array) else repr(tokens)

@@ -65,7 +65,7 @@ def hidden():
 
 def refused():
     """As if a family did not fit here."""
-    registry.outcomes["mistral4"] = registry.Target("refused", "for a test")
+    registry.outcomes["mistral4"] = registry.Outcome(registry.Target("refused", "for a test"))
     try:
         return load()
     finally:
@@ -86,7 +86,7 @@ DIFFERENCES = {
     "off": off,
     "hidden": hidden,
     "plugin": lambda: changed(mlx_lm_skiphead, "__version__", "9.9"),
-    "protocol": lambda: changed(agreement, "PROTOCOL", 99),
+    "protocol": lambda: changed(agreement, "MARK", 4195),
     "mlx-lm": other_mlx_lm,
     "table": lambda: changed(agreement, "FAMILIES", ()),
     "refused": refused,

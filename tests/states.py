@@ -26,7 +26,6 @@ from hypothesis.stateful import (
 )
 
 import mlx_lm_skiphead
-from mlx_lm_skiphead import installing
 
 FAMILY = "deepseek_v3"
 MODULES = {"family": f"mlx_lm.models.{FAMILY}", "loops": "mlx_lm.generate"}
@@ -118,7 +117,6 @@ class Patches(RuleBasedStateMachine):
         mlx_lm_skiphead.uninstall()
         for name in MODULES.values():
             importlib.reload(sys.modules[name])
-        installing._left_behind.clear()
 
 
 def skips() -> bool:

@@ -66,14 +66,9 @@ def test_what_fails_on_rank_zero_fails_on_all_and_they_go_on():
         unpatched = on_ranks("failures", count=count, plugin=False)[0]
         only_rank_0 = unpatched.pop("only rank 0's")
         for rank in told:
-            shape = rank.pop("shape")
-            assert shape["error"].startswith(
-                "ValueError: The sampler returned an array of shape ()"
-            )
-            assert not shape["seen"] and shape["after"] == unpatched["exit"]["after"]
             model = rank.pop("model")  # a sampler that calls the model
             assert model["error"] == "none" and model["seen"] == calling["seen"]
-            assert model["after"] == shape["after"]
+            assert model["after"] == rank["shape"]["after"]
             values = rank.pop("only rank 0's")
             expected = "failed on rank 0" if rank is not told[0] else "Broken: at values"
             assert expected in values["error"]
@@ -97,7 +92,7 @@ def test_uninstalling_during_a_generation_is_an_error(count):
         assert answer["tokens"] == told[0]["tokens"] and answer["next"] == told[0]["next"]
         assert answer["restored"]
         running, batch, ended = answer["refused"]
-        assert "1 generations are running" in running and "1 generations are running" in batch
+        assert "generation is running, and here run 1." in running and running == batch
         assert ended is None
         assert answer["heads, running"] == (6 if rank == 0 else 0)
         assert answer["heads, next"] == 9

@@ -9,7 +9,8 @@ import pytest
 import ranks
 import tiny_models
 
-from mlx_lm_skiphead import config, families
+from mlx_lm_skiphead import config
+from mlx_lm_skiphead.cli import families
 
 README = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
 

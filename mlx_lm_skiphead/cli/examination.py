@@ -184,14 +184,14 @@ def _release(version: str) -> list[int]:
 
 def _examine_targets(report: Report, modules: Sequence[str]) -> None:
     """Patch as a program that imports the plugin last, look at it, and undo that."""
-    from .. import installing
+    from .. import installing, registry
 
     before = config.active
     installing.uninstall()
     try:
         _import_first(modules)
         installing.install("hidden" if report["mode"] == "hidden" else "on")
-        for group in (*installing.LOOPS, "sharded_load"):
+        for group in (*installing.LOOPS, registry.MLX):
             importlib.import_module(installing.MODULES[group])
         missing = {f.name: found for f in FAMILIES if (found := _import_family(f.module))}
         status = installing.status()
@@ -254,9 +254,9 @@ def _unknown() -> dict[str, str]:
             model = getattr(sys.modules[f"mlx_lm.models.{name}"], "Model", None)
             if inspect.isclass(model) and _can_be_pipelined(model):
                 found[name] = "works as upstream"
-                for patched in (registry.patched.get(cls) for cls in reversed(model.__mro__)):
-                    if patched is not None:
-                        found[name] = f"treated as {patched.family.name}, whose Model it builds on"
+                for base, outcome in registry.outcomes.items():
+                    if outcome.model is not None and issubclass(model, outcome.model):
+                        found[name] = f"treated as {base}, whose Model it builds on"
 
 
 def _can_be_pipelined(model: type) -> bool:
@@ -313,13 +313,12 @@ def _foreign_patches(families: dict[str, dict[str, str]]) -> list[dict[str, str]
 def _targets(families: dict[str, dict[str, str]]) -> Iterator[tuple[Any, str]]:
     """All that the plugin patches, and the call of each `Model`, as an object and an attribute."""
     from .. import installing
-    from ..handles import locate
 
     left_out = ("not pipelined", "not in this mlx-lm")
     for row in installing.table():
         if families.get(row.group, {}).get("state") not in left_out:
             with suppress(AttributeError, KeyError):
-                yield locate(sys.modules[row.module], row.path)
+                yield row.locate()
     for family in FAMILIES:
         model = getattr(sys.modules.get(family.module), "Model", None)
         if families[family.name]["state"] not in left_out and inspect.isclass(model):

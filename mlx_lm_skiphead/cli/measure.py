@@ -73,7 +73,7 @@ def family_of(model: Any) -> Family:
     """
     for cls in type(model).__mro__:
         family = BY_NAME.get(cls.__module__.rpartition(".")[2])
-        if family is not None and not family.same_as:
+        if family is not None and not family.is_alias:
             return family
     raise ValueError(f"mlx-lm-skiphead does not support {type(model).__module__}")
 
@@ -125,8 +125,7 @@ def around_head(model: Any, around: Callable[[Callable[[], mx.array]], mx.array]
     head = family.head_of(family.owner_of(model))
     # An embedding that serves as the head does so through another method.
     method = "as_linear" if hasattr(head, "as_linear") else "__call__"
-    # A head that is on disk has a class of its own, below the one that computes.
-    cls = type(head).__mro__["_skiphead" in vars(head)]
+    cls = type(head)
 
     def called(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if instance is not head:
