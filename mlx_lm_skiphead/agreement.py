@@ -22,7 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import config, drift, registry
+from . import config, drift, registry, watch
 from .families import FAMILIES, LOADING_MODULE
 from .handles import Patch
 from .registry import MLX, SkipheadError
@@ -59,9 +59,12 @@ def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
     ranks = mx.distributed.init().size()
     mine, *others = args
     total = wrapped(mine * (1.0 + MARK), *others, **kwargs)
+    here = f"rank {mx.distributed.init().rank()} of {ranks}, loading"
     try:
-        _check_sum(int(total.item()) - ranks, ranks)
-        _check_settings(_exchanged())
+        with watch.watched(lambda seconds: f"{here}: {seconds:.0f} s for all ranks to have loaded"):
+            _check_sum(int(total.item()) - ranks, ranks)
+            _check_settings(_exchanged())
+        watch.agreed = True
     except SkipheadError as error:
         if threading.current_thread() is not threading.main_thread():
             # As in mlx_lm.server, where this thread would end, and the ranks wait for ever.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     Mode = Literal["off", "on", "hidden"]
 
 VARIABLE = "MLX_LM_SKIPHEAD"
+WATCH = "MLX_LM_SKIPHEAD_WATCH"
 
 _ACCEPTED: dict[Mode, tuple[str, ...]] = {
     "off": ("", "0", "off", "false", "no"),
@@ -40,5 +41,23 @@ def requested_mode(environ: Mapping[str, str] = os.environ) -> Mode:
     return SPELLINGS[value]
 
 
+def watch_seconds(environ: Mapping[str, str] = os.environ) -> float:
+    """After how long a step that has not ended is told of, in seconds; 0 for never.
+
+    Raises:
+        ValueError: where the variable is no such number.
+    """
+    value = environ.get(WATCH) or "30"
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{WATCH}={value!r} is not understood. Give seconds, or 0 for no watch.")
+    return seconds
+
+
 active: Mode = "off"
 """What is installed in this process now."""
+watch = 0.0
+"""After how many seconds a step is told of; 0 for never."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import wrapt
 
-from . import config, drift, registry
+from . import config, drift, registry, watch
 from .families import BY_NAME, FAMILIES, LOADING_MODULE, LOOPS_MODULE
 from .handles import Handle, Patch
 from .registry import MLX, ModelStatus, Outcome, SkipheadError, Target, lock, outcomes
@@ -47,6 +47,8 @@ class Status(NamedTuple):
     """The models that are alive."""
     mlx: Target
     """The functions of mlx that the plugin needs; without them no family is patched."""
+    steps: list[str]
+    """What is under way, and what this rank waits for."""
 
     def __str__(self) -> str:
         lines = [f"mlx-lm-skiphead is {self.mode}", f"mlx: {self.mlx}"]
@@ -54,6 +56,8 @@ class Status(NamedTuple):
             lines += [f"{title}:", *(f"  {name:<26}{target}" for name, target in targets.items())]
         if self.models:
             lines += ["models:", *(f"  {model}" for model in self.models)]
+        if self.steps:
+            lines += ["steps:", *(f"  {step}" for step in self.steps)]
         return "\n".join(lines)
 
 
@@ -93,6 +97,7 @@ def install(mode: str = "on", strict: bool = False) -> None:
     global _strict
     if mode not in ("on", "hidden"):
         raise ValueError(f"mode={mode!r} is not understood. Accepted: 'on', 'hidden'.")
+    config.watch = config.watch_seconds()
     modules = dict.fromkeys(MODULES.values())
     # Not under the lock: a hook that runs in another thread waits for it, inside an import.
     for name in modules:
@@ -149,7 +154,7 @@ def status() -> Status:
         found = {group: _target(group) for group in MODULES}
         loops = {name: found[name] for name in LOOPS}
         families = {name: found[name] for name in BY_NAME}
-        return Status(config.active, families, loops, models, found[MLX])
+        return Status(config.active, families, loops, models, found[MLX], watch.under_way())
 
 
 def _target(group: str) -> Target:

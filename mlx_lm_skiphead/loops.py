@@ -14,15 +14,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
 import wrapt
 
-from . import config, drift, registry
+from . import config, drift, registry, watch
 from .families import LOOPS_MODULE
 from .handles import Patch
-from .sharing import Run, Sampling, during, outside
+from .sharing import Run, Sampling
 
 Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -32,7 +33,9 @@ Kwargs = dict[str, Any]
 def run_of(model: Any, loop: str) -> Run | None:
     """A run of `model`, or None where there is no head to skip: one rank, or not patched."""
     split = registry.split_of(model) if registry.target(loop).state == "patched" else None
-    return Run(split.owner, split.stage.pipeline_rank != 0) if split else None
+    if split is None:
+        return None
+    return Run(split.owner, split.stage.pipeline_rank, split.stage.pipeline_size)
 
 
 def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -48,7 +51,7 @@ def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -
     changed = {
         "sampler": lambda logprobs: run.share(sampler(logprobs)),
         "logits_processors": [run.processor(p) for p in given["logits_processors"] or ()],
-        "prompt_progress_callback": outside(given["prompt_progress_callback"]),
+        "prompt_progress_callback": run.callback(given["prompt_progress_callback"]),
     }
     return _steps(run, wrapped, given | changed, (args, kwargs), in_flight=1)
 
@@ -147,7 +150,7 @@ def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
         return wrapped(*args, **kwargs)
     cls, guards = type(batch), _guards(batch, run)
     own = {name: vars(batch)[name] for name in guards}
-    with during(run=run):
+    with run.step():
         try:
             vars(batch).update(guards)
             batch.__class__ = _sharing(cls)  # type: ignore[arg-type]
@@ -155,7 +158,7 @@ def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
         finally:
             batch.__class__ = cls
             vars(batch).update(own)
-    run.check(in_flight=1)
+        run.check(in_flight=1)
     return result
 
 
@@ -219,7 +222,8 @@ def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     evaluates it; here its weights are not even read.
     """
     # Between prompts it is called for each step, and has nothing to do.
-    with during(run=run_of(batch.model, "GenerationBatch") if batch.uids else None):
+    run = run_of(batch.model, "GenerationBatch") if batch.uids else None
+    with run.step() if run else nullcontext():
         return wrapped(*args, **kwargs)
 
 
@@ -284,11 +288,13 @@ def _steps(
     registry.running.add(run)
     try:
         while True:
-            with during(run=run):
+            with run.step():
                 step = next(loop, None)
+                if step is not None:
+                    run.check(in_flight)
             if step is None:
                 break
-            run.check(in_flight)
+            watch.agreed = True
             yield step
         run.finish(stream)
     except BaseException as error:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import config
+from . import config, watch
 
 log = logging.getLogger("mlx_lm_skiphead")
 
@@ -29,6 +29,8 @@ Sampling = Callable[..., mx.array]
 """A sampler, which gives ids ``(B,)`` of logprobs ``(B, V)``, or a logits processor, which gives
 logits ``(1, V)`` of the ids so far and logits."""
 
+FINE, FAILED = 0x534B4950, 0x4641494C
+"""What a rank says of its sampling: no number that a rank without the plugin would send."""
 COMPUTED_EVERY = 32
 """Steps after which a worker computes what it sampled itself, so that the graph of a sampler's own
 state (a random key, say) does not grow for ever."""
@@ -60,16 +62,19 @@ def during(**values: Any) -> Iterator[None]:
 class Run:
     """A generation over a pipelined model, on one rank.
 
-    Its steps are built inside ``with during(run=run)``.
+    Its steps are built inside ``with run.step()``.
 
     Args:
         owner: the head owner within the model (`Family.owner_of`), or None for any model.
-        is_worker: whether this is any rank but 0.
+        rank: this rank. Any but 0 is a worker.
+        ranks: how many there are.
     """
 
-    def __init__(self, owner: Any, is_worker: bool) -> None:
+    def __init__(self, owner: Any, rank: int, ranks: int) -> None:
         self.owner = owner
-        self.is_worker = is_worker
+        self.rank = rank
+        self.ranks = ranks
+        self.is_worker = rank != 0
         self.sent: list[mx.array] = []
         """What was left out of the hidden broadcast since the last share, ``(B, L, H)`` each: on a
         worker its sends."""
@@ -88,10 +93,28 @@ class Run:
         self.last: mx.array | None = None
         """The last share."""
         self._is_sampling = False
+        self._calls = ""
+        """What of the program's is being called, if anything."""
         self._key: mx.array | None = None
         """Of `mx.random`, when the step began or when this rank failed in it."""
         self._steps = 0
+        self._batch = 0
         self._has_warned = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """In this thread calls of the model are of this run. Where it does not end, it is told."""
+        with watch.watched(self.describe), during(run=self):
+            yield
+
+    def describe(self, seconds: float) -> str:
+        """What this rank is doing for `seconds`, in words."""
+        behind = f"hidden states of rank {self.rank + 1}" if self.rank + 1 < self.ranks else ""
+        token = "rank 0's token" if self.is_worker else ""
+        where = f"step {self._steps}, batch {self._batch}" if self._steps else "prompt"
+        what = self._calls or " or ".join(filter(None, (behind, token if self._steps else "")))
+        what = what or f"rank {self.rank - 1} to take its hidden states"
+        return f"rank {self.rank} of {self.ranks}, {where}: {seconds:.0f} s for {what}"
 
     @property
     def is_extra(self) -> bool:
@@ -137,10 +160,14 @@ class Run:
         # On the CPU's stream: the GPU is waited for once, as for upstream's broadcast.
         with mx.stream(mx.cpu):
             if self.is_worker or failed:
-                mine = mx.depends(mx.array([0] * size + [int(failed)], mx.uint32), sent)
+                mine = mx.depends(
+                    mx.array([0] * size + [FAILED if failed else FINE], mx.uint32), sent
+                )
             else:
                 ids = mx.depends(tokens, sent) if len(sent) > 1 else tokens
-                mine = mx.concatenate([ids.flatten().astype(mx.uint32), mx.array([0], mx.uint32)])
+                mine = mx.concatenate(
+                    [ids.flatten().astype(mx.uint32), mx.array([FINE], mx.uint32)]
+                )
             if compare is not None:
                 mine = mx.concatenate([mine, compare.astype(mx.uint32)])
         args, kwargs = self.broadcast
@@ -149,7 +176,7 @@ class Run:
         self.shares.append(Share(everyone, size, mine.size, self._key))
         if failed:
             self._settle(self.shares[-1])
-        self._steps += 1
+        self._steps, self._batch = self._steps + 1, size
         if self.is_worker and self._steps % COMPUTED_EVERY == 0:
             mx.async_eval(tokens)  # type: ignore[no-untyped-call]
         ids = everyone[:size]
@@ -181,7 +208,8 @@ class Run:
                 return otherwise(*args)
             before, self._is_sampling = self._is_sampling, True
             try:
-                return function(*args)
+                with self._calling("a sampler or a logits processor"):
+                    return function(*args)
             except BaseException as error:
                 if self.failure is None:
                     self.failure, self._key = error, _random_key()
@@ -191,9 +219,26 @@ class Run:
 
         return call
 
+    def callback(self, callback: Callable[..., None] | None) -> Callable[..., None] | None:
+        """A user's callback in a loop: a model that it calls is not a step of the loop."""
+
+        def call(*args: Any) -> None:
+            with during(run=None), self._calling("a callback"):
+                callback and callback(*args)
+
+        return callback and call
+
+    @contextmanager
+    def _calling(self, what: str) -> Iterator[None]:
+        before, self._calls = self._calls, f"{what} of the program"
+        try:
+            yield
+        finally:
+            self._calls = before
+
     def _settle(self, share: Share) -> None:
         """This rank failed to sample: raise if all did, go on if rank 0 did not. Waits for that."""
-        failed = [row[share.size] for row in share.rows()]
+        failed = [row[share.size] == FAILED for row in share.rows()]
         if all(failed):
             self._raise(share)
         if not failed[0]:
@@ -225,7 +270,9 @@ class Run:
         """
         while len(self.shares) > in_flight:
             share = self.shares[0]
-            if (self.is_worker or self.failure is not None) and share.rows()[0][share.size]:
+            if (self.is_worker or self.failure is not None) and share.rows()[0][
+                share.size
+            ] == FAILED:
                 self._raise(share)
             self.shares.popleft()
 
@@ -238,9 +285,10 @@ class Run:
             stream: what the loop computes on.
         """
         if self.last is not None:
-            mx.eval(self.last)
-            self.last = None
-            mx.synchronize(stream)
+            with watch.watched(self.describe):
+                mx.eval(self.last)
+                self.last = None
+                mx.synchronize(stream)
 
 
 class Share(NamedTuple):
@@ -253,8 +301,19 @@ class Share(NamedTuple):
     """Of `mx.random`, before the step."""
 
     def rows(self) -> list[list[int]]:
-        """What each rank has put into it. Waits for it."""
+        """What each rank has put into it. Waits for it.
+
+        Raises:
+            RuntimeError: if a rank has put something else into it.
+        """
         rows: Any = self.everyone.reshape(-1, self.width).tolist()
+        odd = [rank for rank, row in enumerate(rows) if row[self.size] not in (FINE, FAILED)]
+        if odd:
+            raise RuntimeError(
+                f"What rank {odd[0]} has sent is no token share: mlx-lm-skiphead is off there, or "
+                "of another version. All ranks must have the same MLX_LM_SKIPHEAD, mlx-lm and "
+                "mlx-lm-skiphead."
+            )
         return rows  # type: ignore[no-any-return]
 
 
@@ -322,20 +381,9 @@ def share_tokens(tokens: mx.array) -> mx.array:
 
 def _own_run() -> Run:
     if this_thread.own is None:
-        this_thread.own = Run(None, mx.distributed.init().rank() != 0)
+        group = mx.distributed.init()
+        this_thread.own = Run(None, group.rank(), group.size())
     return this_thread.own
-
-
-def outside(callback: Callable[..., None] | None) -> Callable[..., None] | None:
-    """A user's callback in a loop: a model that it calls is not a step of the loop."""
-    if callback is None:
-        return None
-
-    def called(*args: Any) -> None:
-        with during(run=None):
-            callback(*args)
-
-    return called
 
 
 def not_computed(array: mx.array, after: list[mx.array] | None = None) -> mx.array:

@@ -1,0 +1,78 @@
+"""A step that does not end: each rank says so once, what it waits for, and what is said is true."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny_models
+
+from mlx_lm_skiphead.config import watch_seconds
+
+SCRIPT = Path(__file__).parent / "rank_watch.py"
+ON = {"MLX_LM_SKIPHEAD": "1", "MLX_LM_SKIPHEAD_WATCH": "2"}
+pytestmark = pytest.mark.skipif(tiny_models.EVENLY, reason="mlx-lm before 0.32 has no qwen2")
+
+
+def lines(stderr: str, part: str) -> dict[str, list[str]]:
+    """What each rank of 3 has said in a part of the program."""
+    found: dict[str, list[str]] = {}
+    for rank in "012":
+        said = re.findall(rf"^(?:== (\d) (.*)|(rank {rank} of \d, .*))$", stderr, re.MULTILINE)
+        now = ""
+        for by, name, line in said:
+            if by == rank:
+                now = name
+            elif line and now == part:
+                found.setdefault(rank, []).append(line)
+    return found
+
+
+def test_what_is_said_is_true():
+    done = ranks.launch(SCRIPT, ranks=3, env=ON | {"CHUNKS": "1500"}, timeout=120)
+    first = done.results[0]
+    for rank, told in enumerate(done.results):
+        assert told["right"] == first["right"] == told["stopped"] == told["callback"]
+        (step,) = told["status"]
+        assert step.startswith(f"rank {rank} of 3, prompt: 0 s for a callback of the program")
+    assert not lines(done.stderr, "idle")
+    stopped = lines(done.stderr, "stopped")
+    assert stopped.keys() == {"0", "2"}  # rank 1 itself has nothing to say
+    for rank, what in (("0", "hidden states of rank 1"), ("2", "rank 0's token")):
+        told, went_on = stopped[rank]
+        assert re.match(
+            rf"rank {rank} of 3, step [3-5], batch 1: [23] s for {what}; usually an", told
+        )
+        assert went_on.startswith(told.partition(";")[0]) and "went on after" in went_on
+    assert "Thread 0x" in done.stderr and "rank_watch.py" in done.stderr  # the stacks
+    callback = lines(done.stderr, "callback")
+    assert "s for a callback of the program; the stacks of all" in callback["1"][0]
+    assert "prompt: " in callback["0"][0] and "for hidden states of rank 1" in callback["0"][0]
+    prompt = lines(done.stderr, "long prompt")
+    assert all("prompt: " in told[0] for told in prompt.values())
+
+
+@pytest.mark.parametrize("off", ["0", "1"])
+def test_a_rank_without_the_plugin_is_named_where_ranks_are_not_compared(off):
+    env = ON | {"CHUNKS": "1", "OFF": off}
+    with pytest.raises(ranks.RanksTimeout) if off == "1" else contextlib.nullcontext() as timeout:
+        done = ranks.launch(SCRIPT, ranks=2, env=env, timeout=15, check=False)
+    if off == "0":
+        assert "What rank 0 has sent is no token share: mlx-lm-skiphead is off there" in done.stderr
+    else:
+        told = "rank 0 of 2, step 2, batch 1: 2 s for hidden states of rank 1; usually mlx-lm-"
+        assert f"{told}skiphead is off on another rank" in str(timeout.value)
+
+
+@pytest.mark.parametrize(("value", "seconds"), [(None, 30), ("0", 0), ("2.5", 2.5)])
+def test_seconds(value, seconds):
+    assert watch_seconds({} if value is None else {"MLX_LM_SKIPHEAD_WATCH": value}) == seconds
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "soon", "inf"])
+def test_no_number(value):
+    with pytest.raises(ValueError, match="MLX_LM_SKIPHEAD_WATCH="):
+        watch_seconds({"MLX_LM_SKIPHEAD_WATCH": value})
