@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
 import sys
@@ -146,6 +145,7 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
             **maybe(0.3, leave=lambda: rng.randrange(1, 6)),
             **maybe(0.2, keep=lambda: True),
             **maybe(0.2, draws=lambda: True),
+            **maybe(0.05, early=lambda: True),
             **maybe(0.3, prefill_step_size=lambda: rng.choice([4, 16])),
             **maybe(0.5 * ("heads" in program), kv_bits=lambda: rng.choice([4, 8])),
             **slot,
@@ -176,7 +176,9 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
             **other,
         }
     return {
-        "next": lambda: {**batch, "times": rng.choice([1, 2, 5, 12])},
+        "next": lambda: (
+            {**batch, "times": rng.choice([1, 2, 5, 12])} | maybe(0.2, progress=lambda: True)
+        ),
         "remove": lambda: {**batch, "which": rng.randrange(4), **slot},
         "close": lambda: batch,
         "resume": lambda: {"which": rng.randrange(3), **maybe(0.5, leave=lambda: 3)},
@@ -272,7 +274,7 @@ class Fuzzer:
             self.end()
             self.launch = Launch(program["ranks"])
         told = self.launch.do(program, limit or self.limit)
-        if isinstance(told, str):
+        if isinstance(told, str) or any(result.get("broken") for result in told):
             self.end()
         return told
 
@@ -301,7 +303,7 @@ class Fuzzer:
             print("It does not come again.\n", flush=True)
             return
         print(f"Smallest:\n{difference(self.do(smallest), smallest)}")
-        print(f"python tests/fuzz.py --program {shlex.quote(str(smallest))}\n", flush=True)
+        print(f'python tests/fuzz.py --program "{smallest}"\n', flush=True)
 
     def minimised(self, program: Program, seconds: float = 300) -> Program | None:
         """The program with as much left out as still differs in this way; None if it does not."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import copy
 import faulthandler
+import gc
 import importlib
 import itertools
 import json
@@ -41,6 +42,10 @@ from mlx_lm.utils import load_model, load_tokenizer, save_model, sharded_load
 
 import mlx_lm_skiphead
 from mlx_lm_skiphead import rank_zero_head, share_tokens
+
+
+# As a program has them that imports them by name before the plugin.
+EARLY = dict(vars(importlib.import_module("mlx_lm.generate")))
 
 
 class Planned(Exception):
@@ -181,6 +186,8 @@ class Session:
             except BaseException as error:
                 planned = "planned" in str(error)
                 self.see("error", type(error).__name__, str(error) if planned else "")
+                if step["op"] == "speculate":  # what drafting has raised comes after the step here
+                    self.caches.pop(f"{step.get('cache')}-draft", None)
                 if not planned:
                     self.failures.append(f"{type(error).__name__}: {error}"[:90])
             self.see("random", mx.random.state[0].tolist())
@@ -311,6 +318,7 @@ class Session:
         other=False,
         draft=None,
         callback=None,
+        early=False,
         **options,
     ):
         self.ends_to_watch = []
@@ -336,10 +344,10 @@ class Session:
         if stream:
             tokenizer = self.lab.tokenizer
             steps = self.loops.stream_generate(model, tokenizer, ids, draft_model=small, **options)
-        elif small is not None:
-            steps = self.loops.speculative_generate_step(ids, model, small, **options)
         else:
-            steps = self.loops.generate_step(ids, model, **options)
+            name = "generate_step" if small is None else "speculative_generate_step"
+            loop = EARLY[name] if early else getattr(self.loops, name)
+            steps = loop(ids, model, *([] if small is None else [small]), **options)
         if keep:
             self.kept.append((steps, self.ends_to_watch))
         self.follow(steps, leave, draws, self.ends_to_watch)
@@ -407,11 +415,15 @@ class Session:
             logits_processors=processors and [self.processors(p) or [] for p in processors],
         )
 
-    def next(self, batch="x", times=1):
+    def next(self, batch="x", times=1, progress=False):
         for _ in range(times):
             if batch not in self.batches:
                 break
-            responses = self.batches[batch].next_generated()
+            if progress:
+                prompts, responses = self.batches[batch].next()
+                self.see("progress", [[r.uid, r.progress, r.end_of_prompt] for r in prompts])
+            else:
+                responses = self.batches[batch].next_generated()
             for r in responses:
                 kept = offsets(r.prompt_cache or [])
                 self.see_token(r.token, r.logprobs, r.uid, r.finish_reason, r.all_tokens, kept)
@@ -592,11 +604,16 @@ def do(lab, program):
     done = []
     for way in ways:
         lab.at(way, "begin")
+        done.append(Session(lab, program, way))
         if way == "plugin":
             mlx_lm_skiphead.install(program.get("mode", "on"))
         else:
-            mlx_lm_skiphead.uninstall()
-        done.append(Session(lab, program, way))
+            try:
+                mlx_lm_skiphead.uninstall()
+            except mlx_lm_skiphead.SkipheadError:  # what an error holds is not running any more
+                gc.collect()
+                mlx_lm_skiphead.uninstall()
+                done[-1].counts["uninstalled only after a garbage collection"] += 1
         if program.get("thread"):
             lab.pool.submit(done[-1].run).result()
         else:
@@ -627,7 +644,7 @@ def main(folder):
         try:
             result = do(lab, program)
         except BaseException:
-            result = {"differs": [[traceback.format_exc()], []], "counts": {}, "failures": []}
+            result = {"differs": [[traceback.format_exc()], []], "broken": True}
         write(folder / f"{number}-{lab.rank}.json", result)
 
 
