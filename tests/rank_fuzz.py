@@ -43,7 +43,6 @@ from mlx_lm.utils import load_model, load_tokenizer, save_model, sharded_load
 import mlx_lm_skiphead
 from mlx_lm_skiphead import rank_zero_head, share_tokens
 
-
 # As a program has them that imports them by name before the plugin.
 EARLY = dict(vars(importlib.import_module("mlx_lm.generate")))
 
