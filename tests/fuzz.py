@@ -219,7 +219,7 @@ class Launch:
         """What each rank says of `program`; or where they all are, if they stand still."""
         write(self.folder / f"{self.number}.json", program)
         files = [self.folder / f"{self.number}-{r}.json" for r in range(self.count)]
-        limit = time.monotonic() + limit + (30 if self.number == 0 else 0)
+        limit = time.monotonic() + limit + (120 if self.number == 0 else 0)
         self.number += 1
         while not all(file.exists() for file in files):
             if time.monotonic() > limit or not self.thread.is_alive():
@@ -359,7 +359,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--programs", type=int, default=10**9, help="at most so many")
+    parser.add_argument("--programs", type=int, help="at most so many")
     parser.add_argument("--ranks", type=int, help="for all programs; else two or three by the seed")
     parser.add_argument("--only", type=int, help="the program of this seed")
     parser.add_argument("--program", help="this one, a Python literal")
@@ -370,7 +370,7 @@ def main() -> None:
     if args.only is not None:
         programs = iter([random_program(args.only, args.ranks)])
     if args.program:
-        programs = iter([ast.literal_eval(args.program)])
+        programs = itertools.repeat(ast.literal_eval(args.program), args.programs or 1)
     fuzzer, begun, number = Fuzzer(args.limit), time.monotonic(), 0
     try:
         for number, program in enumerate(itertools.islice(programs, args.programs), 1):
