@@ -34,7 +34,7 @@ Event = dict[str, Any]
 WAYS = ("unpatched", "skip")
 """How ranks run a model: as mlx-lm alone, and with the plugin."""
 
-NOT_INHERITED = (VARIABLE, "MLX_RANK", "MLX_HOSTFILE")
+NOT_INHERITED = (VARIABLE, "MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK")
 
 
 class RankFailed(RuntimeError):
@@ -229,6 +229,12 @@ class HostRanks(Ranks):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         super()._end()
+
+
+def launched_rank() -> int | None:
+    """The number of this process among those of mlx.launch or mpirun; None outside of them."""
+    numbers = (os.environ.get(name) for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"))
+    return next((int(number) for number in numbers if number), None)
 
 
 def role(rank: int, ranks: int) -> str:
