@@ -15,7 +15,7 @@ HARMLESS = {"variable", "mlx", "wrapt", "fast synch"}
 the mode."""
 SLOW_MS = 5.0
 """A latency of a link that no wired network has."""
-UNEVEN = 3.0
+UNEVEN = 5.0
 """How many times slower than the best one a link may be."""
 
 
