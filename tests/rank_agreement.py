@@ -91,6 +91,7 @@ DIFFERENCES = {
     "mlx-lm": other_mlx_lm,
     "table": lambda: changed(agreement, "FAMILIES", ()),
     "refused": refused,
+    "garbage": lambda: changed(agreement.json, "dumps", lambda _: "{ this"),
 }
 
 if how == "each":
