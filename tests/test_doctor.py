@@ -275,10 +275,10 @@ def test_links_that_are_slower_than_others_or_broken() -> None:
 
     links = [link(0, 0.2), link(1, 0.3), link(2, 0.25)]
     assert judged(links={"garbled": "", "links": links}) == ([], [])
-    links = [link(0, 0.2), link(1, 1.4), link(2, 0.2, back=90.0)]
+    links = [link(0, 0.2), link(1, 1.4), link(2, 0.2, 90.0, 80.0)]
     (slow, narrow), problems = judged(links={"garbled": "", "links": links})
     assert "between ranks 1 and 2 has a latency of 1.4 ms" in slow and not problems
-    assert "between ranks 2 and 3 carries 90 MB/s at its slowest" in narrow
+    assert "between ranks 2 and 3 carries 90 MB/s, and prompts wait" in narrow
     _, (problem,) = judged(links={"garbled": "rank 0 got other ids", "links": links})
     assert problem == "The links are broken: rank 0 got other ids."
 
