@@ -120,12 +120,22 @@ def _settings() -> dict[str, str]:
 
 
 def _exchanged() -> list[dict[str, str]]:
-    """The settings of all ranks, by rank."""
+    """The settings of all ranks, by rank.
+
+    Raises:
+        SkipheadError: if what arrives is not what a rank sends.
+    """
     data = json.dumps(_settings()).encode().ljust(SETTINGS_BYTES)
     everything = mx.distributed.all_gather(mx.array(list(data), mx.uint8), stream=mx.cpu)
     gathered = bytes(everything.tolist())  # type: ignore[arg-type]
     places = range(0, len(gathered), SETTINGS_BYTES)
-    return [json.loads(gathered[place : place + SETTINGS_BYTES]) for place in places]
+    try:
+        return [json.loads(gathered[place : place + SETTINGS_BYTES]) for place in places]
+    except ValueError as error:
+        raise SkipheadError(
+            "The versions that the ranks tell each other arrived as garbage: their links or their "
+            f"MLX are broken ({error}). mlx-lm-skiphead doctor --links looks at both."
+        ) from error
 
 
 def _check_settings(by_rank: list[dict[str, str]]) -> None:

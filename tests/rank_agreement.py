@@ -11,14 +11,15 @@ from __future__ import annotations
 import os
 import sys
 
-rank = int(os.environ["MLX_RANK"])
+import ranks
+
+rank = ranks.rank()
 folder, how, *server = sys.argv[1:]
 if how != "each":
     odd, _, values = how.partition("+")
     os.environ["MLX_LM_SKIPHEAD"] = values.split("/")[rank != int(odd)]
 
 import mlx.core as mx  # noqa: E402
-import ranks  # noqa: E402
 from mlx_lm import stream_generate  # noqa: E402
 from mlx_lm.utils import sharded_load  # noqa: E402
 
@@ -90,6 +91,7 @@ DIFFERENCES = {
     "mlx-lm": other_mlx_lm,
     "table": lambda: changed(agreement, "FAMILIES", ()),
     "refused": refused,
+    "garbage": lambda: changed(agreement.json, "dumps", lambda _: "{ this"),
 }
 
 if how == "each":

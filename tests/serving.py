@@ -134,23 +134,23 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(model: Path, *options: str, count: int = 1, plugin: bool = False) -> Iterator[Server]:
-    """mlx_lm.server with `model` and `options`, in a plain process or on `count` ranks.
+def server(
+    model: Path, *options: str, count: int = 1, plugin: bool = False, launcher: str = "ring"
+) -> Iterator[Server]:
+    """mlx_lm.server with `model` and `options`, in a plain process or on `count` ranks, which
+    `launcher` starts (`ranks.LAUNCHERS`).
 
     An AssertionError with the end of all outputs says if it does not start, if it said something
     that is wrong, or if it did not end by itself. No process outlives the block in any case.
     """
     with ranks.run_folder() as folder:
-        first = ranks.free_ports(count + 1)
-        port = first + count
-        environment = ranks.rank_environment(None, folder)
+        port = ranks.free_ports(1)
+        variables = ranks.rank_environment(None, folder)
+        environment = ranks.inherited() | variables
         run = command(["--model", str(model), "--port", str(port), *options], count, plugin)
         if count > 1:
-            launch = [*ranks.mlx_launch(), "-n", str(count), "--backend", "ring"]
-            launch += ["--starting-port", str(first)]
-            for name, value in environment.items():
-                launch += ["--env", f"{name}={value}"]
-            run, environment = [*launch, "--", *run], {}
+            launch, environment = ranks.launch_command(launcher, count, variables)
+            run = [*launch, *(["--"] if launcher == "ring" else []), *run]
         described = ranks.Run(run, folder, count)
         with (
             open(folder / "stdout", "wb") as stdout,
@@ -161,7 +161,7 @@ def server(model: Path, *options: str, count: int = 1, plugin: bool = False) -> 
                 stdin=subprocess.PIPE,
                 stdout=stdout,
                 stderr=stderr,
-                env=ranks.inherited() | {"TMPDIR": str(folder)} | environment,
+                env=environment | {"TMPDIR": str(folder)},
                 start_new_session=True,
             )
         try:

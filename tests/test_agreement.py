@@ -86,6 +86,12 @@ def test_another_version(name, setting, value, told):
             assert "install the same versions" in error
 
 
+def test_garbage_is_the_plugins_error(told):
+    """And not one of a parser's."""
+    for _, said in errors(told, "garbage"):
+        assert all("arrived as garbage" in error and "doctor --links" in error for error in said)
+
+
 @pytest.mark.parametrize("values", ["1/0", "0/1"])
 @pytest.mark.parametrize(("count", "odd"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
 def test_the_launch_ends(values, count, odd, folder):

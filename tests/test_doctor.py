@@ -16,7 +16,10 @@ import ranks
 import tiny_checkpoint
 
 from mlx_lm_skiphead import __version__
-from mlx_lm_skiphead.cli import examination, main
+from mlx_lm_skiphead.cli import main
+from mlx_lm_skiphead.cli.examination import packages
+from mlx_lm_skiphead.cli.examination.verdict import judge
+from mlx_lm_skiphead.cli.ranks import Ranks
 from mlx_lm_skiphead.families import FAMILIES
 from mlx_lm_skiphead.installing import LOOPS
 
@@ -210,13 +213,75 @@ def test_an_old_wrapt_and_a_new_family(tmp_path: Path) -> None:
         ("2.4", ">=2.4.0,<3", True),
         ("3.0.0rc1", "<3,>=2.4", False),
         ("2.10", ">=2.4", True),
+        ("2.4.0rc1", ">=2.4", False),
+        ("not a version", ">=2.4", False),
         ("0.32.0.dev20260101+abc", ">=0.31.2", True),
         ("0.31.1", ">=0.31.2", False),
         ("1", "", True),
     ],
 )
 def test_versions(version: str, needs: str, well: bool) -> None:
-    assert examination._satisfies(version, needs) == well
+    assert packages.satisfies(version, needs) == well
+
+
+REPORT: dict[str, Any] = {
+    "mode": "off",
+    "families": {},
+    "loops": {},
+    "patches": [],
+    "model": None,
+    "ranks": None,
+    "differences": {},
+    "links": None,
+    "wrong_argument": "",
+}
+
+
+def judged(mlx: str = "0.32.3", **found: Any) -> tuple[list[str], list[str]]:
+    """Warnings and problems of a report."""
+    package = {"mlx": {"version": mlx, "needs": "", "problem": ""}}
+    report = {**REPORT, "packages": package, "warnings": [], "problems": [], **found}
+    judge(report)
+    return report["warnings"], report["problems"]
+
+
+def test_known_faults_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert judged() == judged("0.32.10") == ([], [])
+    for mlx, said in {
+        "0.32.1": "JACCL's ring",
+        "0.32.2": "JACCL's ring",
+        "0.32.0": "0.32.3 or newer",
+        "0.31.2": "0.32.3 or newer",
+    }.items():
+        ((warning,), problems) = judged(mlx)
+        assert said in warning and warning.startswith(f"mlx {mlx}: ") and not problems
+    monkeypatch.setenv("MLX_JACCL_RING", "1")
+    warnings, (problem,) = judged("0.32.2")
+    assert "mlx #4443" in problem and not warnings
+    assert judged("0.32.3") == ([], [])
+    monkeypatch.setenv("MLX_METAL_FAST_SYNCH", "0")
+    assert judged() == ([], [])
+    monkeypatch.setenv("MLX_METAL_FAST_SYNCH", "1")
+    ((warning,), problems) = judged()
+    assert warning.startswith("MLX_METAL_FAST_SYNCH is set: ") and not problems
+    monkeypatch.delenv("MLX_METAL_FAST_SYNCH")
+    ranks = [{"fast synch": "off"}, {"fast synch": "on"}]
+    assert judged(ranks=ranks) == ([warning], [])
+
+
+def test_links_that_are_slower_than_others_or_broken() -> None:
+    def link(one: int, latency: float, there: float = 900.0, back: float = 900.0) -> dict[str, Any]:
+        between = [one, one + 1]
+        return {"between": between, "latency_ms": latency, "there_mb_s": there, "back_mb_s": back}
+
+    links = [link(0, 0.2), link(1, 0.3), link(2, 0.25)]
+    assert judged(links={"garbled": "", "links": links}) == ([], [])
+    links = [link(0, 0.2), link(1, 1.4), link(2, 0.2, 90.0, 80.0)]
+    (slow, narrow), problems = judged(links={"garbled": "", "links": links})
+    assert "between ranks 1 and 2 has a latency of 1.4 ms" in slow and not problems
+    assert "between ranks 2 and 3 carries 90 MB/s, and prompts wait" in narrow
+    _, (problem,) = judged(links={"garbled": "rank 0 got other ids", "links": links})
+    assert problem == "The links are broken: rank 0 got other ids."
 
 
 # Several runs in one process: each must leave mlx-lm as it was.
@@ -353,3 +418,57 @@ def test_ranks(tmp_path: Path) -> None:
     assert re.search(r"│ mode +│ off +│ on +│", differ.stdout)
     assert "Problem: The ranks differ in: mode, variable." in differ.stdout
     assert "mlx.launch --env MLX_LM_SKIPHEAD=1 ..." in differ.stdout
+
+
+LINKS = ["doctor", "--links"]
+
+
+def test_a_slow_link_is_measured() -> None:
+    delay = 60.0
+    command = [sys.executable, "-m", "mlx_lm_skiphead", *LINKS, "--json"]
+    said: list[str] = []
+
+    class Heard(Ranks):
+        def _listen(self, rank: int, output: Any, errors: Any) -> None:
+            said.extend(output)
+            super()._listen(rank, output, errors)
+
+    with Heard(2, command, plugin=False, link_delay=delay) as started:
+        assert not list(started.events())
+    report = json.loads("".join(said))
+    links = report["links"]
+    (link,) = links["links"]
+    assert link["between"] == [0, 1] and not links["garbled"]
+    assert link["latency_ms"] == pytest.approx(delay, rel=0.2)
+    # A step is a send and a share.
+    assert links["steps"] > 50 and links["step_ms"] == pytest.approx(2 * delay, rel=0.2)
+    assert report["exit_code"] == 0 and "a latency of 6" in report["warnings"][0]
+
+
+# As where a message is lost: rank 1 comes too late.
+STANDS_STILL = """
+import os, sys, time
+from mlx_lm_skiphead.cli import main
+from mlx_lm_skiphead.cli.examination import links
+links.STANDS_STILL = 3
+measure = links.measure
+def late(group):
+    if group.rank() == 1:
+        time.sleep(120)
+    return measure(group)
+links.measure = late
+sys.exit(main(["doctor", "--links"]))
+"""
+
+
+def test_links_that_stand_still(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(STANDS_STILL)
+    done = ranks.launch(script, ranks=2, check=False, timeout=90)
+    assert done.seconds < 80
+    assert "doctor: rank 0 has waited 3 s for what rank 1 sends in step 0" in done.stderr
+
+
+def test_links_take_ranks(tmp_path: Path) -> None:
+    done = python("-m", "mlx_lm_skiphead", *LINKS, folder=tmp_path)
+    assert done.returncode == 2 and "--links needs ranks, as in mlx.launch" in done.stderr

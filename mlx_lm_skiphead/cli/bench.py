@@ -19,8 +19,15 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from .arguments import cores, gpus, positive, positives
-from .ranks import WAYS, HostRanks, RankFailed, Ranks, interrupted_by_sigterm, rank_command
+from .arguments import backend, cores, gpus, positive, positives
+from .ranks import (
+    WAYS,
+    HostRanks,
+    RankFailed,
+    interrupted_by_sigterm,
+    local_ranks,
+    rank_command,
+)
 
 QUANTITIES = ("ms_per_token", "first_token_ms")
 
@@ -124,6 +131,9 @@ def add_command(commands: Any) -> None:
         metavar="MS",
         help="with -n, what ranks send each other takes so much longer, as on slow links (0)",
     )
+    parser.add_argument(
+        "--backend", type=backend, default="ring", metavar="B", help="of MLX: ring or mpi (ring)"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="one JSON document, and nothing else")
     parser.set_defaults(run=run)
@@ -137,8 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.plot is not None:
             _check_plot(arguments.plot)
-        if arguments.hostfile is not None and arguments.link_delay:
-            raise Unusable("--link-delay is for ranks of this machine, not for --hostfile")
+        if arguments.link_delay and (arguments.hostfile is not None or arguments.backend == "mpi"):
+            raise Unusable("--link-delay is for a ring on this machine, not for --hostfile or mpi")
         count = arguments.ranks or _count_hosts(arguments.hostfile)
         for name in ("cores", "gpus"):
             given = getattr(arguments, name)
@@ -159,15 +169,16 @@ def run(arguments: argparse.Namespace) -> int:
         "head_passes": arguments.head_passes,
     }
     ranks = (
-        Ranks(
+        local_ranks(
             count,
             rank_command(task),
             plugin=True,
+            backend=arguments.backend,
             gpus=arguments.gpus,
             link_delay=arguments.link_delay,
         )
         if arguments.hostfile is None
-        else HostRanks(arguments.hostfile, count, task, arguments.starting_port)
+        else HostRanks(arguments.hostfile, count, task, arguments.starting_port, arguments.backend)
     )
     code, results = 0, [None] * count
     progress = Console(stderr=True)
@@ -229,6 +240,7 @@ def document(
         "cores": arguments.cores,
         "gpus": arguments.gpus,
         "link_delay_ms": arguments.link_delay,
+        "backend": arguments.backend,
         "machine": platform.platform(),
         "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lm-skiphead")},
         "tokens_agree": all(len(case.digests) <= 1 for case in cases),

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from .. import install, status, uninstall
 from . import measure as measuring
-from .ranks import WAYS
+from .ranks import WAYS, launched_rank
 
 FEWEST, MOST = 8, 64  # tokens, where none are demanded
 Say = Callable[..., None]
@@ -33,7 +33,7 @@ def measure(task: dict[str, Any], say: Say) -> dict[str, Any]:
         What was in memory: `loaded_bytes` and `peak_bytes` by way, `on_disk` after loading.
     """
     if task["cores"] is not None:
-        os.sched_setaffinity(0, task["cores"][int(os.environ.get("MLX_RANK", "0"))])
+        os.sched_setaffinity(0, task["cores"][launched_rank() or 0])
     group = mx.distributed.init()
     say(step="loading")
     model, _, _ = measuring.load(task["model"], group)

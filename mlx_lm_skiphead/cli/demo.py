@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .arguments import pipeline_ranks, positive
-from .ranks import RankFailed, Ranks, interrupted_by_sigterm, rank_command, role
+from .arguments import backend, pipeline_ranks, positive
+from .ranks import RankFailed, interrupted_by_sigterm, local_ranks, rank_command, role
 
 ROUNDS = 5
 Result = dict[str, Any]
@@ -39,6 +40,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--model", metavar="PATH_OR_REPO", help="a model that mlx-lm can pipeline")
     parser.add_argument(
         "-n", dest="ranks", type=pipeline_ranks, default=2, metavar="RANKS", help="(2)"
+    )
+    parser.add_argument(
+        "--backend", type=backend, default="ring", metavar="B", help="of MLX: ring or mpi (ring)"
     )
     parser.add_argument("--prompt", default="What is the capital of France?")
     parser.add_argument(
@@ -60,9 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
                 "max_tokens": arguments.max_tokens,
                 "timing_rounds": 0,
             }
-            plain = _start(console, "without the plugin", arguments.ranks, task, plugin=False)
+            start = partial(_start, console, count=arguments.ranks, backend=arguments.backend)
+            plain = start("without the plugin", task=task, plugin=False)
             task["timing_rounds"] = ROUNDS
-            skip = _start(console, "with the plugin", arguments.ranks, task, plugin=True)
+            skip = start("with the plugin", task=task, plugin=True)
     except RankFailed as failure:
         console.print(f"[red]The demo could not run:[/] {escape(str(failure))}")
         return 1
@@ -83,14 +88,14 @@ def _build(console: Console, folder: Path) -> str:
 
 
 def _start(
-    console: Console, title: str, count: int, task: dict[str, Any], *, plugin: bool
+    console: Console, title: str, *, count: int, task: dict[str, Any], plugin: bool, backend: str
 ) -> list[Result]:
     """Run `task` on ranks of this machine; their results in order of rank."""
     results: list[Result] = [{} for _ in range(count)]
     step = ""
     with (
         console.status(f"{count} ranks {title}: starting") as line,
-        Ranks(count, rank_command(task), plugin=plugin) as ranks,
+        local_ranks(count, rank_command(task), plugin=plugin, backend=backend) as ranks,
     ):
         for rank, event in ranks.events():
             if "result" in event:

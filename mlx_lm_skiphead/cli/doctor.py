@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import config
-from .examination import Report, examine
+from .examination import examine
+from .examination.report import Report
 
 
 def add_command(commands: Any) -> None:
@@ -28,8 +29,8 @@ def add_command(commands: Any) -> None:
         help="say what works here: versions, families, loops, a model, other patches, all ranks",
         description="Says whether the plugin works with the installed mlx-lm: versions, each "
         "family of models, each loop, what other packages have patched, and a model of yours. "
-        "Under mlx.launch it also says whether all ranks agree. It loads no weights and uses no "
-        "network.",
+        "Under mlx.launch or mpirun it also says whether all ranks agree, and with --links how "
+        "fast their links are. It loads no weights and uses no network but those links.",
         epilog="example: mlx.launch -n 2 --backend ring --env MLX_LM_SKIPHEAD=1 -- python -m "
         "mlx_lm_skiphead doctor --model ./my-model",
     )
@@ -44,6 +45,12 @@ def add_command(commands: Any) -> None:
         metavar="MODULE",
         help="import it first, to see what it patches; may be given again",
     )
+    parser.add_argument(
+        "--links",
+        action="store_true",
+        help="under mlx.launch or mpirun, send between the ranks what a step does, some hundred "
+        "times, and measure each link; it ends if nothing moves for half a minute",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=run)
 
@@ -52,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code: 0 if all is well; 1 if what was asked for cannot work, by the variable or by
     ``--model``, or if ranks differ; 2 for wrong arguments."""
     with _quiet():
-        report = examine(arguments.model, arguments.modules)
+        report = examine(arguments.model, arguments.modules, measures_links=arguments.links)
     code: int = report["exit_code"]
     if report["rank"] == 0:
         if code == 2:
@@ -125,6 +132,8 @@ def _print(console: Console, report: Report) -> None:
         console.print(_differences(report["differences"]))
     elif report["ranks"]:
         console.print(f"{len(report['ranks'])} ranks agree.")
+    if report["links"]:
+        _print_links(console, report["links"])
     for line in report["warnings"]:
         console.print(f"Warning: {line}", style="yellow", soft_wrap=True)
     for line in report["problems"]:
@@ -133,6 +142,26 @@ def _print(console: Console, report: Report) -> None:
         console.print("No problem was found.", style="green")
     if report["mode"] == "off" and not report["problems"]:
         console.print(f"To switch the plugin on, set {config.VARIABLE}=1 for all ranks.")
+
+
+def _print_links(console: Console, links: Report) -> None:
+    table = Table(title="links: ms one way, and MB/s each way")
+    for column in ("ranks", "latency", "highest", "there", "back"):
+        table.add_column(column, justify="right")
+    for link in links["links"]:
+        table.add_row(
+            "{} - {}".format(*link["between"]),
+            f"{link['latency_ms']:.2f}",
+            f"{link['highest_ms']:.2f}",
+            f"{link['there_mb_s']:.0f}",
+            f"{link['back_mb_s']:.0f}",
+        )
+    console.print(table)
+    console.print(
+        f"A step takes {links['step_ms']:.2f} ms on the links alone (median of {links['steps']}, "
+        f"highest {links['highest_step_ms']:.2f}): the least that a token can take.",
+        soft_wrap=True,
+    )
 
 
 def _versions(report: Report) -> Table:

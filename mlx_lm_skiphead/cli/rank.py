@@ -17,13 +17,19 @@ import threading
 from typing import Any
 
 from .. import install, status, uninstall
-from .ranks import WAYS
+from .ranks import WAYS, launched_rank
 
 
 def main() -> None:
     task = json.loads(base64.b64decode(sys.argv[1]))
-    if task.get("ends_with_input", True):
+    over_mpi = "OMPI_COMM_WORLD_RANK" in os.environ
+    # mpirun has an input for rank 0 only.
+    if task.get("ends_with_input", True) and not (over_mpi and launched_rank()):
         threading.Thread(target=_end_with_input, daemon=True).start()
+    if over_mpi:  # or each rank would be alone, where MLX does not find the library
+        import mlx.core as mx
+
+        mx.distributed.init(strict=True, backend="mpi")
     try:
         if "rounds" in task:
             from .bench_rank import measure
@@ -41,7 +47,7 @@ def _demo(task: dict[str, Any]) -> dict[str, Any]:
 
     from . import measure
 
-    group = mx.distributed.init(strict=True, backend="ring")
+    group = mx.distributed.init(strict=True)
     say(step="loading")
     measure.load(task["model"], group)  # so that the files are in the system's cache, for the next
     model, tokenizer, load_seconds = measure.load(task["model"], group)
@@ -99,7 +105,7 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
 
 def say(**event: Any) -> None:
     """Tell the process that started the ranks."""
-    event["rank"] = int(os.environ.get("MLX_RANK", "0"))
+    event["rank"] = launched_rank() or 0
     print(json.dumps(event), flush=True)
 
 

@@ -2,8 +2,8 @@
 
 A rank is ``python -m mlx_lm_skiphead.cli.rank``, which says one JSON object a line on its output,
 or another program. It gets what the ring backend of MLX reads, the variables ``MLX_RANK`` and
-``MLX_HOSTFILE``. `Ranks` starts them on this machine, `HostRanks` on the machines of a host file,
-through ``mlx.launch``.
+``MLX_HOSTFILE``. `Ranks` starts them on this machine, `MpiRanks` does so through ``mpirun``, and
+`HostRanks` on the machines of a host file, through ``mlx.launch``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,7 +35,7 @@ Event = dict[str, Any]
 WAYS = ("unpatched", "skip")
 """How ranks run a model: as mlx-lm alone, and with the plugin."""
 
-NOT_INHERITED = (VARIABLE, "MLX_RANK", "MLX_HOSTFILE")
+NOT_INHERITED = (VARIABLE, "MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK")
 
 
 class RankFailed(RuntimeError):
@@ -176,34 +177,10 @@ class Ranks:
         self._open.close()
 
 
-class HostRanks(Ranks):
-    """A set of ranks on the machines of a host file, as ``mlx.launch --hostfile`` starts them.
+class _LaunchedRanks(Ranks):
+    """A set of ranks that one program starts and whose output it hands on."""
 
-    This Python and the model must have the same paths on each of them.
-    """
-
-    def __init__(self, hostfile: Path, count: int, task: Mapping[str, Any], port: int) -> None:
-        super().__init__(count, rank_command({**task, "ends_with_input": False}), plugin=True)
-        self._hostfile = hostfile
-        self._port = port
-
-    def __enter__(self) -> HostRanks:
-        beside = Path(sys.executable).with_name("mlx.launch")
-        command = [
-            *([str(beside)] if beside.exists() else ["mlx.launch"]),
-            *("--hostfile", str(self._hostfile), "--backend", "ring"),
-            *("--starting-port", str(self._port)),
-            # "env", since mlx before 0.32 takes a path to Python for the script.
-            *("--env", f"{VARIABLE}=1", "--", "env", *self._command),
-        ]
-        to_ranks = self._start(
-            command, {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
-        )
-        # mlx.launch waits actively while the pipes to its ranks have room. They read nothing.
-        with contextlib.suppress(BrokenPipeError):
-            to_ranks.write("\n" * 65536)
-            to_ranks.flush()
-        return self
+    _launcher: str
 
     def events(self) -> Iterator[tuple[int, Event]]:
         """See `Ranks.events`. ``mlx.launch`` ends well whatever its ranks do."""
@@ -212,7 +189,7 @@ class HostRanks(Ranks):
             _, event = self._events.get()
             if event is None:
                 said = self.errors(0)
-                raise RankFailed(f"mlx.launch ended before its ranks were done:\n{said}")
+                raise RankFailed(f"{self._launcher} ended before its ranks were done:\n{said}")
             if "error" in event:
                 raise RankFailed(f"rank {event['rank']}: {event['error']}")
             if "result" in event:
@@ -229,6 +206,89 @@ class HostRanks(Ranks):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         super()._end()
+
+
+class HostRanks(_LaunchedRanks):
+    """A set of ranks on the machines of a host file, as ``mlx.launch --hostfile`` starts them.
+
+    This Python and the model must have the same paths on each of them.
+    """
+
+    _launcher = "mlx.launch"
+
+    def __init__(
+        self, hostfile: Path, count: int, task: Mapping[str, Any], port: int, backend: str = "ring"
+    ) -> None:
+        super().__init__(count, rank_command({**task, "ends_with_input": False}), plugin=True)
+        self._hostfile = hostfile
+        self._port = port
+        self._backend = backend
+
+    def __enter__(self) -> HostRanks:
+        beside = Path(sys.executable).with_name("mlx.launch")
+        command = [
+            *([str(beside)] if beside.exists() else ["mlx.launch"]),
+            *("--hostfile", str(self._hostfile), "--backend", self._backend),
+            *("--starting-port", str(self._port)),
+            # "env", since mlx before 0.32 takes a path to Python for the script.
+            *("--env", f"{VARIABLE}=1", "--", "env", *self._command),
+        ]
+        to_ranks = self._start(
+            command, {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
+        )
+        # mlx.launch waits actively while the pipes to its ranks have room. They read nothing.
+        with contextlib.suppress(BrokenPipeError):
+            to_ranks.write("\n" * 65536)
+            to_ranks.flush()
+        return self
+
+
+class MpiRanks(_LaunchedRanks):
+    """A set of ranks of this machine that talk over MPI, as ``mpirun`` starts them."""
+
+    _launcher = "mpirun"
+
+    def __enter__(self) -> MpiRanks:
+        environment = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
+        if self._plugin:
+            environment[VARIABLE] = "1"
+        mpirun = shutil.which("mpirun") or "mpirun"
+        # One that pip or Homebrew has installed is not where MLX looks.
+        libraries = sorted(Path(mpirun).parents[1].glob("lib/libmpi.*[0-9]*"))
+        if libraries:
+            environment.setdefault("MLX_MPI_LIBNAME", str(libraries[0]))
+        # Waiting ranks take whole cores otherwise, and each but one core.
+        environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+        command = [mpirun, "--oversubscribe", "--bind-to", "none"]
+        if self._gpus is None:
+            command += ["-n", str(self._count), *self._command]
+        else:
+            for gpu in self._gpus:
+                command += ["-n", "1", "-x", f"CUDA_VISIBLE_DEVICES={gpu}", *self._command, ":"]
+            command.pop()
+        self._start(command, environment)
+        return self
+
+
+def local_ranks(
+    count: int,
+    command: Sequence[str],
+    *,
+    plugin: bool,
+    backend: str,
+    gpus: Sequence[int] | None = None,
+    link_delay: float = 0.0,
+) -> Ranks:
+    """Ranks of this machine over a backend of MLX, "ring" or "mpi"; MPI cannot delay its links."""
+    if backend == "mpi":
+        return MpiRanks(count, command, plugin=plugin, gpus=gpus)
+    return Ranks(count, command, plugin=plugin, gpus=gpus, link_delay=link_delay)
+
+
+def launched_rank() -> int | None:
+    """The number of this process among those of mlx.launch or mpirun; None outside of them."""
+    numbers = (os.environ.get(name) for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"))
+    return next((int(number) for number in numbers if number), None)
 
 
 def role(rank: int, ranks: int) -> str:
