@@ -195,7 +195,9 @@ class Session:
                     mx.random.seed(number)
             except BaseException as error:
                 planned = "planned" in str(error)
-                self.see("error", type(error).__name__, str(error) if planned else "")
+                self.see("error", type(error).__name__, str(error))
+                # Upstream leaves a step in flight, which would mix with what comes next.
+                mx.eval([c.state for cache in self.caches.values() for c in cache if not c.empty()])
                 if step["op"] == "speculate":  # what drafting has raised comes after the step here
                     self.caches.pop(f"{step.get('cache')}-draft", None)
                 if not planned:
