@@ -12,11 +12,12 @@ the head.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -97,6 +98,8 @@ class Run:
         """What of the program's is being called, if anything."""
         self._key: mx.array | None = None
         """Of `mx.random`, when the step began or when this rank failed in it."""
+        self._given: mx.array | None = None
+        """What a worker got from the last share."""
         self._steps = 0
         self._batch = 0
         self._has_warned = False
@@ -170,6 +173,8 @@ class Run:
                 )
             if compare is not None:
                 mine = mx.concatenate([mine, compare.astype(mx.uint32)])
+        if self.is_worker and self._given is not None and _waits_by_spinning():
+            mx.eval(self._given)  # of the step before; what is built since then is not begun
         args, kwargs = self.broadcast
         # On the stream that upstream's sends and receives take too: their order is the protocol.
         everyone = self.last = mx.distributed.all_gather(mine, *args, **kwargs)
@@ -177,15 +182,19 @@ class Run:
         if failed:
             self._settle(self.shares[-1])
         self._steps, self._batch = self._steps + 1, size
-        if self.is_worker and self._steps % COMPUTED_EVERY == 0:
+        if not self.is_worker:
+            mx.async_eval(everyone)  # type: ignore[no-untyped-call]
+            return tokens
+        if self._steps % COMPUTED_EVERY == 0:
             mx.async_eval(tokens)  # type: ignore[no-untyped-call]
-        ids = everyone[:size]
-        # A lost peer leaves random memory in the place of its ids, and on a CPU embedding that
-        # would end this process before MLX raises. With a GPU nothing is done: ranks of 4 GPUs
-        # stood still with more work of the CPU between their steps.
-        if self.vocabulary and mx.default_device() == mx.cpu:
-            ids = mx.minimum(ids, self.vocabulary - 1)
-        return ids.reshape(tokens.shape).astype(tokens.dtype)
+        with mx.stream(mx.cpu) if _waits_by_spinning() else nullcontext():
+            ids = everyone[:size]
+            # A lost peer leaves random memory in the place of its ids, and on a CPU embedding that
+            # would end this process before MLX raises.
+            if self.vocabulary and mx.default_device() == mx.cpu:
+                ids = mx.minimum(ids, self.vocabulary - 1)
+            self._given = ids.reshape(tokens.shape).astype(tokens.dtype)
+        return self._given
 
     def sampler(self, sampler: Sampling) -> Sampling:
         """`sampler`, whose failure waits for the share."""
@@ -395,6 +404,16 @@ def not_computed(array: mx.array, after: list[mx.array] | None = None) -> mx.arr
     is_float = mx.issubdtype(array.dtype, mx.inexact)
     one = mx.array(float("nan") if is_float else 0, array.dtype)
     return mx.broadcast_to(mx.depends(one, after) if after else one, array.shape)
+
+
+@functools.cache
+def _waits_by_spinning() -> bool:
+    """Whether this GPU waits for a CPU's result in a kernel that spins: on CUDA.
+
+    Two GPUs stood still with such kernels, and were slower with them. So there a worker's calling
+    thread waits instead, with the next step built, and not begun.
+    """
+    return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
 def _random_key() -> Any:
