@@ -173,7 +173,8 @@ class Run:
                 )
             if compare is not None:
                 mine = mx.concatenate([mine, compare.astype(mx.uint32)])
-        if self.is_worker and self._given is not None and _waits_by_spinning():
+        spins = self.is_worker and _waits_by_spinning()
+        if spins and self._given is not None:
             mx.eval(self._given)  # of the step before; what is built since then is not begun
         args, kwargs = self.broadcast
         # On the stream that upstream's sends and receives take too: their order is the protocol.
@@ -182,12 +183,13 @@ class Run:
         if failed:
             self._settle(self.shares[-1])
         self._steps, self._batch = self._steps + 1, size
-        if not self.is_worker:
+        if not self.is_worker and self.owner is not None:
+            # Its own ids. The exchange ends before the loop does (`finish`).
             mx.async_eval(everyone)  # type: ignore[no-untyped-call]
             return tokens
-        if self._steps % COMPUTED_EVERY == 0:
+        if self.is_worker and self._steps % COMPUTED_EVERY == 0:
             mx.async_eval(tokens)  # type: ignore[no-untyped-call]
-        with mx.stream(mx.cpu) if _waits_by_spinning() else nullcontext():
+        with mx.stream(mx.cpu) if spins else nullcontext():
             ids = everyone[:size]
             # A lost peer leaves random memory in the place of its ids, and on a CPU embedding that
             # would end this process before MLX raises.
