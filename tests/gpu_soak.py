@@ -3,7 +3,9 @@
 Two ranks or more decode without end, unpatched, with the plugin, or both in turn, in stretches of
 `STRETCH` tokens. At all times it is known which way runs, and at which step each rank is: that is
 printed every few seconds. If a rank ends no step for a while, the stacks of all threads of every
-rank are printed, the ranks are killed, and the exit code is 1; so it is if tokens differ.
+rank are printed, the ranks are killed, and the exit code is 1; so it is if the plugin gives tokens that
+unpatched never gives. (A GPU's first run of a shape may choose other kernels, and so other tokens
+in a near-tie: how often each answer came is printed for both ways.)
 
 It relies on mlx-lm and on the public names of the plugin only; ``--way unpatched`` does not even
 import it. `watch` and `Progress` serve other programs of ranks too.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import hashlib
 import itertools
 import json
 import mmap
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -245,16 +249,16 @@ def choose(way: str) -> None:
 def soak(model: str, ways: list[str], batches: list[int], steps: int) -> int:
     """The rank: `steps` of each way with each size of a batch. 1 if tokens differ."""
     progress = Progress()
-    both = "plugin" in ways
+    both = len(ways) == 2
     progress("loading")
-    if both:
+    if "plugin" in ways:
         choose("plugin")
     loaded, vocabulary = load(model)
     times: dict[tuple[str, int], list[float]] = {
         key: [] for key in itertools.product(ways, batches)
     }
-    right: dict[int, list[list[int]]] = {}
-    done, differ = 0, False
+    told: dict[tuple[str, int], Counter[str]] = {key: Counter() for key in times}
+    done = 0
     while done < steps:
         length = min(STRETCH, steps - done)
         for (way, batch), measured in times.items():
@@ -269,15 +273,17 @@ def soak(model: str, ways: list[str], batches: list[int], steps: int) -> int:
                     progress(where, done + step)
                 start = start or time.perf_counter()
             measured.append(1000 * (time.perf_counter() - start) / max(1, length - 1))
-            if ids != right.setdefault(batch, ids)[:length]:
-                differ = True
-                _say(f"rank {os.environ['MLX_RANK']}: other tokens, {where}, after step {done}")
+            told[way, batch][hashlib.sha256(repr(ids).encode()).hexdigest()[:8]] += 1
         done += length
     progress("the end")
-    if os.environ["MLX_RANK"] == "0":
-        for (way, batch), measured in times.items():
-            _say(f"{way}, batch {batch}: {done} steps, {statistics.median(measured):.2f} ms each")
-    return int(differ)
+    for (way, batch), measured in times.items():
+        answers = dict(told[way, batch].most_common())
+        _say(
+            f"rank {os.environ['MLX_RANK']}, {way}, batch {batch}: {done} steps, "
+            f"{statistics.median(measured):.2f} ms each; answers {answers}"
+        )
+    pairs = [(told["unpatched", b], told["plugin", b]) for b in batches] if both else []
+    return int(any(plugin.keys() - unpatched.keys() for unpatched, plugin in pairs))
 
 
 def main() -> int:
