@@ -3,9 +3,9 @@
 Two ranks or more decode without end, unpatched, with the plugin, or both in turn, in stretches of
 `STRETCH` tokens. At all times it is known which way runs, and at which step each rank is: that is
 printed every few seconds. If a rank ends no step for a while, the stacks of all threads of every
-rank are printed, the ranks are killed, and the exit code is 1; so it is if the plugin gives tokens that
-unpatched never gives. (A GPU's first run of a shape may choose other kernels, and so other tokens
-in a near-tie: how often each answer came is printed for both ways.)
+rank are printed, the ranks are killed, and the exit code is 1; so it is if the plugin gives tokens
+that unpatched never gives. (A GPU's first run of a shape may choose other kernels, and so other
+tokens in a near-tie: how often each answer came is printed for both ways.)
 
 It relies on mlx-lm and on the public names of the plugin only; ``--way unpatched`` does not even
 import it. `watch` and `Progress` serve other programs of ranks too.
