@@ -8,8 +8,10 @@ a port serves.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import types
 
 import ranks
 
@@ -82,6 +84,7 @@ def other_mlx_lm():
         agreement.metadata.version = version
 
 
+GARBLED = types.SimpleNamespace(dumps=lambda _: "{ this", loads=json.loads)
 DIFFERENCES = {
     "nothing": load,
     "off": off,
@@ -91,7 +94,7 @@ DIFFERENCES = {
     "mlx-lm": other_mlx_lm,
     "table": lambda: changed(agreement, "FAMILIES", ()),
     "refused": refused,
-    "garbage": lambda: changed(agreement.json, "dumps", lambda _: "{ this"),
+    "garbage": lambda: changed(agreement, "json", GARBLED),
 }
 
 if how == "each":

@@ -10,6 +10,9 @@ import argparse
 import os
 import runpy
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +50,33 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"mlx-lm-skiphead run: there is no file {name}", file=sys.stderr)
             return 2
         sys.path[0] = str(Path(name).resolve().parent)
-        runpy.run_path(name, run_name="__main__")
+        with _error_ends_all_ranks():
+            runpy.run_path(name, run_name="__main__")
         return 0
     sys.path[0] = os.getcwd()
     if not _exists(name):
         print(f"mlx-lm-skiphead run: there is no module {name}", file=sys.stderr)
         return 2
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    with _error_ends_all_ranks():
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
     return 0
+
+
+@contextmanager
+def _error_ends_all_ranks() -> Iterator[None]:
+    """Over MPI leave at once after an error, so that mpirun ends the other ranks.
+
+    A process that ends as usual waits in MPI_Finalize for the others, which wait for it.
+    """
+    try:
+        yield
+    except Exception:
+        if "OMPI_COMM_WORLD_RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _exists(module: str) -> bool:
