@@ -1,4 +1,5 @@
 """``python tests/slow_links.py [N ...]``: how many latencies of a link a token takes.
+``python tests/slow_links.py FOLDER`` writes a model for `mlx-lm-skiphead bench --link-rate`.
 
 Each link of a ring of ranks is delayed, by one time and by another: the slope of milliseconds over
 delay is the number of latencies, whatever the machine computes besides. Single and batched decode
@@ -24,6 +25,16 @@ from mlx_lm_skiphead.cli.ranks import WAYS, Ranks, free_ports
 
 DELAYS = (20, 60)  # ms
 BATCHES = (1, 4)
+WIDE: dict[str, Any] = {
+    "hidden_size": 4096,
+    "vocab_size": 1024,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 6,
+    "layer_types": ["full_attention"] * 6,
+}
+"""Hidden states of 16 KiB a token, in layers so thin that a CPU takes no longer than the links."""
 Slopes = dict[str, dict[str, float]]
 """By what takes them and by way, latencies."""
 
@@ -31,6 +42,11 @@ Slopes = dict[str, dict[str, float]]
 def write_model(folder: Path) -> Path:
     tiny_checkpoint.write("deepseek_v3", folder)
     return folder
+
+
+def write_wide_model(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_checkpoint.write("ministral3-untied", folder, **WIDE)
 
 
 def decoding(model: Path, count: int, tokens: int = 32, rounds: int = 3) -> Slopes:
@@ -136,4 +152,7 @@ def main(counts: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(count) for count in sys.argv[1:]] or [2, 3, 4])
+    if sys.argv[1:] and not sys.argv[1].isdecimal():
+        write_wide_model(Path(sys.argv[1]))
+    else:
+        main([int(count) for count in sys.argv[1:]] or [2, 3, 4])

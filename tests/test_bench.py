@@ -67,16 +67,36 @@ def test_json_and_plot(count, model, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_plan_on_slow_links(model, tmp_path):
+    """Links so slow that what this machine computes hardly counts: 8 KiB take 66 ms."""
+    plot = tmp_path / "plot.png"
+    sizes = ["--batch", "32", "--tokens", "6", "--rounds", "2"]
+    links = ["--link-rate", "1", "--link-delay", "20", "--plan", "--plot", str(plot)]
+    done = bench(model, "-n", "3", *sizes, *links, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    (case,) = told["cases"]
+    latency, rate = told["memory"][0]["link"]
+    assert latency > 20 and rate == pytest.approx(1e-3, rel=0.3)
+    for way, hidden_states, latencies in (("unpatched", 4, 3), ("skip", 2, 3)):
+        measured, planned = case["ms_per_token"][way]["median"], case["planned"][way]
+        assert measured > 65.5 * hidden_states + 20 * latencies
+        assert planned == pytest.approx(measured, rel=0.25)
+    assert case["ratio"]["median"] < 0.8
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_text_and_hosts(model, tmp_path):
     hostfile = tmp_path / "hosts.json"
     hostfile.write_text(json.dumps([{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2))
     port = str(ranks.free_ports(2))
     done = bench(
         *(model, "--hostfile", str(hostfile), "--starting-port", port),
-        *("--tokens", "4", "--rounds", "2", "--head-passes", "2"),
+        *("--tokens", "4", "--rounds", "2", "--head-passes", "2", "--plan"),
     )
     assert done.returncode == 0, done.stderr
     assert "deepseek_v3, 2 ranks, both ways in turn" in done.stdout
+    assert "as planned and as measured" in done.stdout
     assert "over 2 rounds lies with 50 % confidence" in done.stdout
     assert "Tokens agree: on all ranks, both ways, in every round." in done.stdout
 
@@ -140,7 +160,7 @@ def test_a_rank_that_fails(model, capfd):
         (["{model}", "-n", "9"], "9 ranks need 9 layers, and this model has 7"),
         (["{model}", "--hostfile", "{tmp}/none.json"], "none.json is no host file"),
         (["{model}", "--hostfile", "{tmp}/one.json"], "a list of 2 hosts or more"),
-        (["{model}", "--hostfile", "h", "--link-delay", "9"], "is for ranks of this machine"),
+        (["{model}", "--hostfile", "h", "--link-rate", "9"], "are for ranks of this machine"),
         (["{model}", "-n", "2", "--cores", "0"], "--cores is for 1 ranks, and there are 2"),
         (["{model}", "-n", "2", "--gpus", "0,1,2"], "--gpus is for 3 ranks, and there are 2"),
         (["{model}", "-n", "2", "--plot", "{tmp}/no/plot.png"], "there is no folder"),

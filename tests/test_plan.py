@@ -47,7 +47,7 @@ def loaded(folder) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("case", [*CASES, *(f"{case} mixed" for case in MIXED)])
 def test_plan_is_what_ranks_load(case, folder, loaded):
-    family, planned = plan.plan(folder / case, RANKS)
+    family, _, planned = plan.plan(folder / case, RANKS)
     for rank in planned:
         unpatched, skip = (loaded[mode][rank.rank][case] for mode in ("0", "1"))
         assert 0 <= unpatched["loaded"] - rank.unpatched < NO_WEIGHTS
@@ -62,34 +62,49 @@ def test_plan_is_what_ranks_load(case, folder, loaded):
 def test_reads_are_of_some_experts(folder):
     config = tiny_models.CONFIGS["deepseek_v3"]
     used = config["num_experts_per_tok"] / config["n_routed_experts"]
-    _, planned = plan.plan(folder / "deepseek_v3", 2)
-    for rank in planned:
-        assert used * rank.unpatched < rank.reads + 2 * rank.head < rank.unpatched + rank.head
+    for rank in plan.plan(folder / "deepseek_v3", 2, batches=[8, 1000]).ranks:
+        one, eight, many = rank.reads.values()
+        assert used * rank.unpatched < one + 2 * rank.head < rank.unpatched + rank.head
+        assert one < eight < many
+        assert many == pytest.approx(rank.unpatched - 2 * rank.head, abs=NO_WEIGHTS)
 
 
-def planned(heads: list[float], layers: float = 10.0) -> list[plan.Rank]:
-    """Ranks whose heads take so many ms, and their layers as long as `layers`."""
-    return [
-        plan.Rank(rank, "", (0, 1), 0, {}, int(layers / ms * 1e6), int(1e6), 1 / ms)
-        for rank, ms in enumerate(heads)
-    ]
+def saved(heads: list[float], layers: float = 10.0, **links: Any) -> float:
+    """By ranks whose heads take so many ms, and their layers as long as `layers`."""
+    case = {"row": 4096 * 4, "link": plan.Link(), "batch": 1} | links
+    times = [(layers, head) for head in heads]
+    unpatched, skip = (plan.token(times, way=way, **case).ms for way in ("unpatched", "skip"))
+    return unpatched - skip
 
 
 @pytest.mark.parametrize(
-    ("heads", "saves"),
+    ("heads", "layers", "saves"),
     [
-        ([1, 1, 1], 0),
-        ([1, 1, 4], 3),  # the last rank starts each token when its own head is done
-        ([4, 1, 1], -3),
-        ([1, 4, 1], 0),  # that head is done before the hidden states come
+        ([1, 1, 1], 10, 0),
+        ([1, 1, 4], 10, 3),  # the last rank starts each token when its own head is done
+        ([4, 1, 1], 10, -3),
+        ([1, 4, 1], 10, 0),  # that head is done before the hidden states come
+        ([1, 4, 1], 1, 2),  # and here it is not
     ],
 )
-def test_saved(heads, saves):
-    assert plan.saved(planned(heads)) == pytest.approx(saves, abs=1e-3)
+def test_saved_by_heads(heads, layers, saves):
+    assert saved(heads, layers) == pytest.approx(saves, abs=1e-3)
 
 
-def test_a_slow_head_shows_where_layers_are_fast():
-    assert plan.saved(planned([1, 4, 1], layers=1.0)) == pytest.approx(2, abs=1e-3)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_saved_by_links(ranks):
+    """16 KiB a sequence, on 1 Gbit/s."""
+    link = plan.Link(1, 0.5)
+    ids, hidden = 8e-6 * 4 * 9, 8e-6 * 8 * 16384
+    told = saved([2] * ranks, link=link, batch=8)
+    assert told == pytest.approx((ranks - 1) * (hidden - ids))
+    # Of 512 KiB half goes the other way round, one latency to each rank.
+    ids, hidden = 8e-6 * 4 * 33, 8e-6 * 32 * 16384
+    told = saved([2] * ranks, link=link, batch=32)
+    assert told == pytest.approx((ranks - 1) * (hidden - ids) + (ranks - 2) * 0.5)
+    token = plan.token([(10, 2)] * ranks, 16384, link, 8, "unpatched")
+    assert (token.stages, token.head) == (10 * ranks, 2)
+    assert token.links == pytest.approx(2 * (ranks - 1) * 8e-6 * 8 * 16384 + ranks * 0.5)
 
 
 @pytest.fixture
@@ -102,36 +117,47 @@ def test_text(model, capfd):
     said = capfd.readouterr().out
     assert "deepseek_v3, a head of 0.1 MB" in said
     assert "│ middle      │    1-4 │" in said
-    assert "nothing but memory is to be gained" in said.replace("\n", " ")
+    assert "nothing but memory is to be gained" in said.replace("\n", " ") and "ratio" not in said
 
 
 @pytest.mark.parametrize(
-    ("bandwidth", "verdict"),
+    ("arguments", "said"),
     [
-        ("800,400,120", "less per token: unpatched, it waits for rank 2's head"),
-        ("120,400,800", "Make the machine of rank 2 rank 0"),
-        ("800,800,800", "Nothing but memory is to be gained"),
+        (["--bandwidth", "8e-3,4e-3,1.2e-3"], "ms less per token."),
+        (["--bandwidth", "1.2e-3,4e-3,8e-3"], "Make the machine of rank 2 rank 0"),
+        (["--bandwidth", "800,800,800"], "Nothing but memory is to be gained."),
+        (["--link", "1e-3", "--batch", "1,32"], "less per token; links take"),
+        (["--link", "1,1"], "For equal machines."),
+        (["--memory", "1,1e-6,1"], "Rank 1's part fits neither way."),
     ],
 )
-def test_bandwidth(bandwidth, verdict, model, capfd, monkeypatch):
-    monkeypatch.setattr(plan, "period", lambda p, skip: 1e4 * period(p, skip=skip))
-    assert main(["plan", model, "-n", "3", "--bandwidth", bandwidth]) == 0
-    assert verdict in capfd.readouterr().out.replace("\n", " ")
-
-
-period = plan.period
+def test_verdict(arguments, said, model, capfd):
+    assert main(["plan", model, "-n", "3", *arguments]) == 0
+    assert said in capfd.readouterr().out.replace("\n", " ")
 
 
 def test_json(model, capfd):
-    arguments = ["plan", model, "-n", "2", "--bandwidth", "2,1", "--json"]
-    assert main(arguments) == 0
+    machines = ["--bandwidth", "1,2", "--link", "1,0.5", "--batch", "1,16"]
+    arguments = ["plan", model, "-n", "2", *machines]
+    assert main([*arguments, "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
-    assert told["family"] == "deepseek_v3" and told["fastest_rank"] == 0
+    assert told["family"] == "deepseek_v3" and told["rank_0_should_be"] == 1
+    assert told["hidden_bytes_per_token"] == 4 * tiny_models.HIDDEN
     head = told["head_bytes"]
-    assert told["saved_ms_per_token"] == pytest.approx(head / 2e6, rel=1e-6)
     first = told["ranks"][1]
     assert first["role"] == "first stage" and first["on_disk"] == {"lm_head": head}
     assert first["memory_bytes"]["unpatched"] - first["memory_bytes"]["skip"] == head
+    one, many = told["tokens"]
+    assert one["skip"]["head"] == pytest.approx(head / 1e6)
+    # The last rank's head and the hidden states, against rank 0's and the ids.
+    saves = (head / 2 - head) / 1e6 + 8e-6 * (16 * 4 * tiny_models.HIDDEN - 4 * 17)
+    assert many["saved_ms"] == pytest.approx(saves)
+    # Where the one with the head does not fit, the other way round does.
+    both = [part["memory_bytes"]["skip"] / 1e9 for part in reversed(told["ranks"])]
+    assert main([*arguments, "--json", "--memory", ",".join(map(str, both))]) == 0
+    told = json.loads(capfd.readouterr().out)
+    fits = [part["fits"]["skip"] for part in told["ranks"]]
+    assert fits.count(False) == 1 and told["rank_0_should_be"] == 1
 
 
 @pytest.mark.parametrize(
@@ -144,6 +170,8 @@ def test_json(model, capfd):
         (["{model}", "-n", "9"], "9 ranks need 9 layers, and this model has 7"),
         (["{model}", "-n", "2", "--split", "4,4"], "8 layers over 2 ranks, the model has 7"),
         (["{model}", "-n", "2", "--bandwidth", "1"], "--bandwidth has 1 values for 2 ranks"),
+        (["{model}", "-n", "2", "--memory", "1"], "--memory has 1 values for 2 ranks"),
+        (["{model}", "-n", "2", "--link", "1,2,3"], "--link is a rate in Gbit/s and a latency"),
         (["{headless}", "-n", "2"], "files of the model are missing"),
     ],
 )

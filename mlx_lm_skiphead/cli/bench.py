@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .arguments import backend, cores, gpus, positive, positives
+from .plan import Link, Plan, plan, token
 from .ranks import (
     WAYS,
     HostRanks,
@@ -134,6 +135,18 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--backend", type=backend, default="ring", metavar="B", help="of MLX: ring or mpi (ring)"
     )
+    parser.add_argument(
+        "--link-rate",
+        type=positive,
+        default=0,
+        metavar="MBIT",
+        help="with -n, Mbit/s that each rank can send its neighbours (as fast as it goes)",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="also measure links and each rank alone, and print what `plan` makes of that",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="one JSON document, and nothing else")
     parser.set_defaults(run=run)
@@ -147,8 +160,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.plot is not None:
             _check_plot(arguments.plot)
-        if arguments.link_delay and (arguments.hostfile is not None or arguments.backend == "mpi"):
-            raise Unusable("--link-delay is for a ring on this machine, not for --hostfile or mpi")
+        slow = arguments.link_delay or arguments.link_rate
+        if slow and (arguments.hostfile is not None or arguments.backend == "mpi"):
+            raise Unusable("slow links are for a ring on this machine, not for --hostfile or mpi")
         count = arguments.ranks or _count_hosts(arguments.hostfile)
         for name in ("cores", "gpus"):
             given = getattr(arguments, name)
@@ -156,6 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
                 raise Unusable(f"--{name} is for {len(given)} ranks, and there are {count}")
         folder = locate(arguments.model)
         family = split(folder, 0, count).family.name
+        planned = plan(folder, count, None, arguments.batch) if arguments.plan else None
     except Unusable as error:
         print(f"mlx-lm-skiphead bench: {error}", file=sys.stderr)
         return 2
@@ -167,6 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
         "rounds": arguments.rounds,
         "cores": arguments.cores,
         "head_passes": arguments.head_passes,
+        "plan": planned.row * max(arguments.batch) if planned else 0,
     }
     ranks = (
         local_ranks(
@@ -176,6 +192,7 @@ def run(arguments: argparse.Namespace) -> int:
             backend=arguments.backend,
             gpus=arguments.gpus,
             link_delay=arguments.link_delay,
+            link_rate=arguments.link_rate,
         )
         if arguments.hostfile is None
         else HostRanks(arguments.hostfile, count, task, arguments.starting_port, arguments.backend)
@@ -201,7 +218,7 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("Stopped; all ranks have been ended.", file=sys.stderr)
         code = 130
-    told = document(arguments, family, cases, results)
+    told = document(arguments, family, cases, results, planned)
     if arguments.json:
         print(json.dumps(told))
     else:
@@ -223,14 +240,23 @@ def _take(cases: list[Case], rank: int, measured: dict[str, Any]) -> None:
 
 
 def document(
-    arguments: argparse.Namespace, family: str, cases: list[Case], results: list[Any]
+    arguments: argparse.Namespace,
+    family: str,
+    cases: list[Case],
+    results: list[Any],
+    planned: Plan | None = None,
 ) -> dict[str, Any]:
     """What was measured, as JSON: times in milliseconds on rank 0, memory in bytes.
 
     Each quantity has a ``median``, ``low``, ``high`` and all ``values``, one a round; the
     ``ratio`` (skip / unpatched, of each round) its confidence ``interval``. `None` stands for what
-    was not measured before the end.
+    was not measured before the end. With `planned`, `plan` has what was measured for it, and each
+    case what `plan.token` makes of that.
     """
+    link = None
+    if planned is not None and all(results):
+        latency, rate = results[0]["link"]
+        link = Link(rate or math.inf, latency)
     return {
         "model": arguments.model,
         "family": family,
@@ -241,6 +267,7 @@ def document(
         "gpus": arguments.gpus,
         "link_delay_ms": arguments.link_delay,
         "backend": arguments.backend,
+        "link_rate_mbit": arguments.link_rate,
         "machine": platform.platform(),
         "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lm-skiphead")},
         "tokens_agree": all(len(case.digests) <= 1 for case in cases),
@@ -260,8 +287,20 @@ def document(
                     for way, values in case.values["ms_per_token"].items()
                 },
                 "ratio": _spread(case.ratios(), interval(case.ratios())),
+                "planned": None
+                if planned is None or link is None
+                else {
+                    way: token(
+                        [result["times"][number] for result in results],
+                        planned.row,
+                        link,
+                        case.batch,
+                        way,
+                    ).ms
+                    for way in WAYS
+                },
             }
-            for case in cases
+            for number, case in enumerate(cases)
         ],
         "memory": [
             None if result is None else {"rank": rank, **result}
@@ -345,12 +384,35 @@ def _report(console: Console, told: dict[str, Any]) -> None:
         highlight=False,
     )
     console.print(speed, highlight=False)
+    if all(case["planned"] for case in told["cases"]):
+        console.print(_planned(told), highlight=False)
     if all(told["memory"]):
         console.print(_memory(told["memory"]), highlight=False)
     if told["tokens_agree"]:
         console.print("[green]Tokens agree[/]: on all ranks, both ways, in every round.")
     else:
         console.print("[red bold]Tokens differ[/] between ranks or ways. Please report this.")
+
+
+def _planned(told: dict[str, Any]) -> Table:
+    latency, rate = told["memory"][0]["link"]
+    mbit = f"{1000 * rate:.4g}" if rate else "any"
+    table = Table(
+        title="ms per token, as planned and as measured: the plan by each rank's layers and head "
+        f"alone and by links, as measured here ({mbit} Mbit/s, {latency:.2f} ms)"
+    )
+    for column in ("batch", "prompt", "unpatched", "skip", "skip / unpatched"):
+        table.add_column(column, justify="right")
+    for case in told["cases"]:
+        times = [(case["planned"][way], case["ms_per_token"][way]["median"]) for way in WAYS]
+        ratio = case["planned"]["skip"] / case["planned"]["unpatched"]
+        table.add_row(
+            str(case["batch"]),
+            str(case["prompt"]),
+            *(f"{planned:.2f}, {measured:.2f}" for planned, measured in times),
+            f"{ratio:.2f}, {case['ratio']['median']:.2f}",
+        )
+    return table
 
 
 def _range(spread: dict[str, Any]) -> str:

@@ -74,7 +74,20 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print("Stopped; all ranks have been ended.")
         return 130
-    return _report(console, plain, skip)
+    code = _report(console, plain, skip)
+    if code == 0 and arguments.model is None:
+        console.print(_summary(skip), highlight=False)
+    return code
+
+
+def _summary(skip: list[Result]) -> str:
+    left = sum(sum(result["on_disk"].values()) for result in skip)
+    return (
+        f"So {len(skip)} ranks gave mlx-lm's own tokens while only rank 0 ran the head, and "
+        f"{left / 1e6:.0f} MB of weights stayed on disk; next, let `mlx-lm-skiphead plan MODEL -n "
+        f"{len(skip)}` say what that saves with your model, and with --bandwidth and --link on "
+        "your machines."
+    )
 
 
 def _build(console: Console, folder: Path) -> str:

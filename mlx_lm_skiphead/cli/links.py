@@ -1,4 +1,9 @@
-"""Slow links between ranks of one machine: proxies that hand on all that comes, but later."""
+"""Slow links between ranks of one machine: proxies that hand on all that comes, but later.
+
+As with Ethernet, each machine has one port, through which goes what it sends to either neighbour:
+one chunk after the other, each as long as its size over the rate. It arrives a latency after that.
+So a small message on a free port takes its latency and no more.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +23,21 @@ class SlowLinks:
 
     Args:
         ports: where each rank listens, on this machine.
-        milliseconds: how much later each byte arrives. Bandwidth is not limited.
+        milliseconds: the latency, one way.
+        megabits: what each rank can send in a second, Mbit (10^6); 0 for no limit.
     """
 
-    def __init__(self, ports: Sequence[int], milliseconds: float) -> None:
+    def __init__(self, ports: Sequence[int], milliseconds: float, megabits: float = 0.0) -> None:
         self._ports = ports
         self._delay = milliseconds / 1000
         self._listeners: list[socket.socket] = []
+        self._senders = [_Port(megabits) for _ in ports]
 
     def __enter__(self) -> SlowLinks:
         for _ in self._ports:
             self._listeners.append(socket.create_server(("127.0.0.1", 0)))
-        for listener, port in zip(self._listeners, self._ports, strict=True):
-            threading.Thread(target=self._accept, args=(listener, port), daemon=True).start()
+        for rank in range(len(self._ports)):
+            threading.Thread(target=self._accept, args=(rank,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,16 +53,17 @@ class SlowLinks:
         addresses[following] = f"127.0.0.1:{self._listeners[following].getsockname()[1]}"
         return addresses
 
-    def _accept(self, listener: socket.socket, port: int) -> None:
+    def _accept(self, rank: int) -> None:
+        """Take the connections to `rank`, which the rank before it makes."""
         with contextlib.suppress(OSError):  # closed: the ranks have ended
             while True:
-                near, _ = listener.accept()
-                far = _connect(port)
-                for source, sink in ((near, far), (far, near)):
+                near, _ = self._listeners[rank].accept()
+                far = _connect(self._ports[rank])
+                for source, sink, sender in ((near, far, rank - 1), (far, near, rank)):
                     source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    self._pump(source, sink)
+                    self._pump(source, sink, self._senders[sender])
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, sender: _Port) -> None:
         """Hand on what comes from `source`, until its end."""
         on_the_way: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
 
@@ -66,7 +74,7 @@ class SlowLinks:
                     data = source.recv(1 << 16)
                 except OSError:
                     data = b""
-                on_the_way.put((time.monotonic() + self._delay, data))
+                on_the_way.put((sender.sends(len(data)) + self._delay, data))
 
         def send() -> None:
             with contextlib.suppress(OSError):
@@ -80,6 +88,22 @@ class SlowLinks:
 
         for work in (receive, send):
             threading.Thread(target=work, daemon=True).start()
+
+
+class _Port:
+    """Where one machine sends: one chunk after the other, at a rate."""
+
+    def __init__(self, megabits: float) -> None:
+        self._seconds_per_byte = 8e-6 / megabits if megabits else 0.0
+        self._is_free = 0.0
+        self._lock = threading.Lock()
+
+    def sends(self, size: int) -> float:
+        """When `size` bytes that have come now will have left, by `time.monotonic`."""
+        with self._lock:
+            start = max(time.monotonic(), self._is_free)
+            self._is_free = start + size * self._seconds_per_byte
+            return self._is_free
 
 
 def _connect(port: int) -> socket.socket:

@@ -11,7 +11,8 @@ COLOURS = {"unpatched": "#8a8f98", "skip": "#0f6cbd"}
 def draw(told: dict[str, Any], file: Path) -> None:
     """Write a picture of `bench.document` to `file`, in the format that its name says.
 
-    Left the milliseconds per token, their medians and range; right the ratio with its interval.
+    Left the milliseconds per token, their medians and range, and what was planned (`--plan`); right
+    the ratio with its interval.
     """
     import matplotlib
 
@@ -34,6 +35,16 @@ def draw(told: dict[str, Any], file: Path) -> None:
             color=colour,
             yerr=_arms(medians, [(spread["low"], spread["high"]) for spread in spreads]),
             error_kw={"elinewidth": 1, "capsize": 3},
+        )
+    if all(case["planned"] for case in cases):
+        times.scatter(
+            [place + 0.4 * (n - 0.5) for place in range(len(cases)) for n in range(len(COLOURS))],
+            [case["planned"][way] for case in cases for way in COLOURS],
+            marker="D",
+            color="black",
+            s=22,
+            zorder=3,
+            label="planned",
         )
     times.set_title("ms per token, lowest to highest", fontsize=10)
     times.set_ylim(bottom=0)

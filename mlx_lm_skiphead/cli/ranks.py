@@ -51,6 +51,7 @@ class Ranks:
         plugin: whether `MLX_LM_SKIPHEAD` is set for them.
         gpus: the CUDA device of each, or None.
         link_delay: milliseconds that whatever one rank sends to another takes longer.
+        link_rate: Mbit/s that each rank can send, or 0 for no limit.
     """
 
     def __init__(
@@ -61,12 +62,13 @@ class Ranks:
         plugin: bool,
         gpus: Sequence[int] | None = None,
         link_delay: float = 0.0,
+        link_rate: float = 0.0,
     ) -> None:
         self._count = count
         self._command = command
         self._plugin = plugin
         self._gpus = gpus
-        self._link_delay = link_delay
+        self._link = link_delay, link_rate
         self._processes: list[subprocess.Popen[str]] = []
         self._events: queue.SimpleQueue[tuple[int, Event | None]] = queue.SimpleQueue()
         self._errors: list[deque[str]] = []
@@ -90,8 +92,8 @@ class Ranks:
         """A host file for each rank."""
         ports = free_ports(self._count)
         seen = [[f"127.0.0.1:{port}" for port in ports]] * self._count
-        if self._link_delay and self._count > 1:
-            links = self._open.enter_context(SlowLinks(ports, self._link_delay))
+        if any(self._link) and self._count > 1:
+            links = self._open.enter_context(SlowLinks(ports, *self._link))
             seen = [links.seen_by(rank) for rank in range(self._count)]
         files = [folder / f"hosts-{rank}.json" for rank in range(self._count)]
         for file, known in zip(files, seen, strict=True):
@@ -278,11 +280,13 @@ def local_ranks(
     backend: str,
     gpus: Sequence[int] | None = None,
     link_delay: float = 0.0,
+    link_rate: float = 0.0,
 ) -> Ranks:
-    """Ranks of this machine over a backend of MLX, "ring" or "mpi"; MPI cannot delay its links."""
+    """Ranks of this machine over a backend of MLX, "ring" or "mpi"; MPI has no slow links."""
     if backend == "mpi":
         return MpiRanks(count, command, plugin=plugin, gpus=gpus)
-    return Ranks(count, command, plugin=plugin, gpus=gpus, link_delay=link_delay)
+    slow = {"link_delay": link_delay, "link_rate": link_rate}
+    return Ranks(count, command, plugin=plugin, gpus=gpus, **slow)
 
 
 def launched_rank() -> int | None:
