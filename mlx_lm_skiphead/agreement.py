@@ -70,8 +70,17 @@ def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
             # As in mlx_lm.server, where this thread would end, and the ranks wait for ever.
             log.critical("%s This process ends.", error)
             os.kill(os.getpid(), signal.SIGTERM)
+        if "OMPI_COMM_WORLD_RANK" in os.environ:
+            sys.excepthook = _end_at_once
         raise
     return mx.array(float(ranks))
+
+
+def _end_at_once(*error: Any) -> None:
+    """A `sys.excepthook`: at its exit MPI would wait for ranks that wait for this one."""
+    sys.__excepthook__(*error)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _pipeline_group(frame: FrameType | None) -> Any:

@@ -160,7 +160,7 @@ def test_a_rank_that_fails(model, capfd):
         (["{model}", "-n", "9"], "9 ranks need 9 layers, and this model has 7"),
         (["{model}", "--hostfile", "{tmp}/none.json"], "none.json is no host file"),
         (["{model}", "--hostfile", "{tmp}/one.json"], "a list of 2 hosts or more"),
-        (["{model}", "--hostfile", "h", "--link-rate", "9"], "are for ranks of this machine"),
+        (["{model}", "--hostfile", "h", "--link-rate", "9"], "are for a ring on this machine"),
         (["{model}", "-n", "2", "--cores", "0"], "--cores is for 1 ranks, and there are 2"),
         (["{model}", "-n", "2", "--gpus", "0,1,2"], "--gpus is for 3 ranks, and there are 2"),
         (["{model}", "-n", "2", "--plot", "{tmp}/no/plot.png"], "there is no folder"),

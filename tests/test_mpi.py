@@ -116,6 +116,16 @@ def test_ranks_that_disagree(checkpoint: Path) -> None:
             assert all(said), name
 
 
+def test_ranks_that_disagree_end(checkpoint: Path) -> None:
+    """Also the one without the plugin, which waits for the other."""
+    done = ranks.launch(
+        *(TESTS / "rank_agreement.py", str(checkpoint), "0+1/0"),
+        **{"ranks": 2, "launcher": "mpirun", "timeout": 60, "check": False},
+    )
+    assert done.results == [None, None]
+    assert "SkipheadError" in done.stderr and "on in 1 of 2 ranks" in done.stderr
+
+
 @by_both
 @pytest.mark.parametrize("what", ["killed in decode", "sampler raises"])
 def test_a_rank_that_ends_ends_the_launch(what: str, launcher: str) -> None:
