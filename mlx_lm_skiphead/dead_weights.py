@@ -133,11 +133,8 @@ def pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
         rank, ranks = stage.pipeline_rank, stage.pipeline_size
         found = {name: attrgetter(name)(parent) for parent, name in dead(family, owner, stage)}
         if rank != 0:
-            # Not to be left on disk, being a few kilobytes, but no reason to fetch a file.
             found["norm"] = stage.norm
-        unused = tuple(name for name in found if name != "norm" or config.active != "hidden")
-        layers = range(stage.start_idx, stage.end_idx)
-        _loading.part = fetching.Part(layers, family.embedding, unused)
+        _loading.part = part(family, owner, stage)
         for name, module in found.items():
             _note(module, name, f"{name} of {family.name} on rank {rank}", owner)
         _raise_if_needed(owner)
@@ -155,6 +152,16 @@ def dead(family: Family, owner: Any, stage: Any) -> Iterator[tuple[Any, str]]:
         yield owner, "lm_head"
     if rank != last and not (tied and rank == 0):
         yield stage, family.embedding
+
+
+def part(family: Family, owner: Any, stage: Any) -> fetching.Part:
+    """What this rank uses of a checkpoint in mlx-lm's loops."""
+    unused = [name for _, name in dead(family, owner, stage)]
+    if stage.pipeline_rank != 0 and config.active != "hidden":
+        # Not to be left on disk, being a few kilobytes, but no reason to fetch a file.
+        unused.append("norm")
+    layers = range(stage.start_idx, stage.end_idx)
+    return fetching.Part(layers, family.embedding, tuple(unused))
 
 
 def needed(family: Family, owner: Any, logits: bool = True) -> list[Any]:

@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif rank in hub.gone:
             self.close_connection = True
         elif parts[:2] == ["api", "models"]:
-            self.listing("/".join(parts[2:4]), parts[4])
+            self.listing("/".join(parts[2:4]), parts[4] if len(parts) > 4 else "")
         elif len(parts) > 4 and parts[2] == "resolve":
             self.file(rank, "/".join(parts[:2]), "/".join(parts[4:]))
         else:
@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         status = 200
         if "Range" in self.headers:
             first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
-            end = int(last) + 1 if last else len(data)
+            end = min(int(last) + 1 if last else len(data), len(data))
             headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"
             data, status = data[int(first) : end], 206
         stop = len(data) // 2 if (rank, name) in hub.breaks else None

@@ -108,7 +108,11 @@ def main(tasks):
     told = []
     for task in tasks:
         repo = task["repo"].replace("RANK", str(group.rank()))
-        model, _ = utils.sharded_load(repo, pipeline_group=group)
+        try:
+            model, _ = utils.sharded_load(repo, pipeline_group=group)
+        except Exception as error:
+            ranks.report(f"{type(error).__module__}: {error}")
+            raise
         results = {"tokens": generate(model), "left": left(), "asked": asked()}
         results["then"] = [globals()[what](model, group) for what in task.get("then", ())]
         told.append(results)

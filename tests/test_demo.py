@@ -48,6 +48,11 @@ def test_demo() -> None:
     assert all(abs(plain - (skip + left)) < 0.2 for plain, skip, left in memory), memory
     assert "Tokens agree: 4 greedy and 4 at temperature 0.8, on all 3 ranks" in done.stdout
     assert "skip / unpatched" in done.stdout
+    said = re.search(r"over all ranks: ([\d.]+) MB .*plugin, ([\d.]+) MB unpatched", done.stdout)
+    assert said is not None
+    skip, plain = map(float, said.groups())
+    # The head is in one file, the embedding in one with some of the first layer.
+    assert 4 * 134.2 < plain - skip < 4 * 140
     assert not done.stderr
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from . import downloads
 from .arguments import pipeline_ranks, positives
 from .ranks import role
 
@@ -36,6 +38,8 @@ class Rank(NamedTuple):
     head: int
     """What running the head reads."""
     bandwidth: float | None = None
+    files: downloads.Downloads = {}  # noqa: RUF012
+    """What it fetches from a hub, where it has nothing yet."""
 
     @property
     def skip(self) -> int:
@@ -78,6 +82,11 @@ def add_command(commands: Any) -> None:
         metavar="GB/S,...",
         help="memory bandwidth of each rank's machine, rank 0 first",
     )
+    parser.add_argument(
+        "--fetch-headers",
+        action="store_true",
+        help="look at a repository on the hub: fetch its configuration and headers, no weights",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document, and nothing else")
     parser.set_defaults(run=run)
 
@@ -90,7 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
         ranks = arguments.ranks
         if arguments.bandwidth is not None and len(arguments.bandwidth) != ranks:
             raise Unusable(f"--bandwidth has {len(arguments.bandwidth)} values for {ranks} ranks")
-        family, planned = plan(locate(arguments.model), ranks, arguments.split)
+        with tempfile.TemporaryDirectory() as name:
+            if arguments.fetch_headers:
+                downloads.fetch_headers(arguments.model, Path(name))
+            folder = Path(name) if arguments.fetch_headers else locate(arguments.model)
+            family, planned = plan(folder, ranks, arguments.split)
     except Unusable as error:
         print(f"mlx-lm-skiphead plan: {error}", file=sys.stderr)
         return 2
@@ -121,7 +134,8 @@ def plan(folder: Path, ranks: int, layers: list[int] | None = None) -> tuple[str
     planned = []
     for rank in range(ranks):
         model, family, config = split(folder, rank, ranks, layers)
-        planned.append(_rank(model, family, config, rank, ranks))
+        files = downloads.of_rank(folder, model, family)
+        planned.append(_rank(model, family, config, rank, ranks)._replace(files=files))
     return family.name, planned
 
 
@@ -207,11 +221,14 @@ def document(model: str, family: str, planned: list[Rank]) -> dict[str, Any]:
                     "unpatched": rank.reads + rank.head,
                     "skip": rank.reads_skip,
                 },
+                "downloads": rank.files,
                 "head_ms": None if rank.bandwidth is None else rank.ms(rank.head),
             }
             for rank in planned
         ],
     }
+    files = [rank.files for rank in planned]
+    told["download_bytes"] = {way: downloads.total(files, way) for way in ("unpatched", "skip")}
     if planned[0].bandwidth is not None:
         told["saved_ms_per_token"] = saved(planned)
         told["fastest_rank"] = best_head_rank(planned)
@@ -235,7 +252,8 @@ def _report(console: Console, model: str, family: str, planned: list[Rank]) -> N
             _mb(sum(rank.on_disk.values())),
             f"{_mb(rank.reads + rank.head)} → {_mb(rank.reads_skip)}",
         )
-    console.print(table, highlight=False)
+    files = [rank.files for rank in planned]
+    console.print(table, downloads.table(files), downloads.summary(files), highlight=False)
     if planned[0].bandwidth is None:
         console.print(
             "What that saves in time depends on the machines: say their memory bandwidths with "
