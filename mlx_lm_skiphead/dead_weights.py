@@ -13,6 +13,7 @@ be in it. NaN takes the place of what is not there, until a direct call of the m
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import logging
 import os
@@ -52,6 +53,7 @@ class _Loading(threading.local):
     folder = ""
     part: fetching.Part | None = None
     """What this rank has, once that is known."""
+    model: Pipelined | None = None
     unreadable: dict[str, Exception] = {}  # noqa: RUF012
     """Files of weights that could not be opened, which is an error if they are needed."""
 
@@ -97,12 +99,6 @@ class Pipelined(NamedTuple):
         lefts: list[Left] = [vars(m)["_skiphead"] for m in modules if on_disk(m)]
         return tuple(sorted({os.path.basename(f) for x in lefts if x.stand_ins for f in x.files}))
 
-    def complete(self) -> None:
-        """Bring what is not there and upstream's forward pass needs. Raises as `bring`."""
-        owner = self.owner()
-        if owner is not None and self.rank != 0:
-            bring(self.family, owner, *needed(self.family, owner), read=False)
-
 
 _pipelined: list[Pipelined] = []
 
@@ -110,6 +106,16 @@ _pipelined: list[Pipelined] = []
 def models() -> list[Pipelined]:
     """The pipelined models that are alive."""
     return [p for p in _pipelined if p.owner() is not None]
+
+
+def complete() -> None:
+    """Bring what is not here and upstream's own loops need. Raises as `bring`."""
+    if any(p.absent() for p in models()):
+        gc.collect()  # not for models that nobody has any more
+    for pipelined in models():
+        owner = pipelined.owner()
+        if owner is not None and pipelined.rank != 0:
+            bring(pipelined.family, owner, *needed(pipelined.family, owner), read=False)
 
 
 def on_disk(module: Any) -> dict[str, mx.array]:
@@ -141,6 +147,7 @@ def pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
         references = {k: weakref.ref(m) for k, m in found.items() if "_skiphead" in vars(m)}
         new = Pipelined(weakref.ref(owner), family, rank, ranks, references)
         _pipelined[:] = [*(p for p in models() if p.owner() is not owner), new]
+        _loading.model = new
     return result
 
 
@@ -198,6 +205,39 @@ def _files(name: str) -> tuple[list[str], list[str]]:
     unreadable = _loading.unreadable.keys()
     is_missing = (_loading.is_open and (p in unreadable or not os.path.exists(p)) for p in paths)
     return paths, [path for path, missing in zip(paths, is_missing, strict=True) if missing]
+
+
+def embedded_type() -> str:
+    """The type of what the model that is being loaded embeds; "" where its embedding is not here.
+
+    The ranks without it receive hidden states of that type.
+    """
+    embedding = _embedding()
+    if embedding is None or (
+        "_skiphead" in vars(embedding) and vars(embedding)["_skiphead"].stand_ins
+    ):
+        return ""
+    return str(embedding(mx.array([0])).dtype).rpartition(".")[2]  # nothing is evaluated
+
+
+def embed_as(kind: str) -> None:
+    """Let NaN in the place of an embedding be of the type that another rank's gives."""
+    embedding = _embedding()
+    if kind and embedding is not None and not embedded_type():
+        left: Left = vars(embedding)["_skiphead"]
+        for key, array in left.stand_ins.items():
+            if mx.issubdtype(array.dtype, mx.inexact):
+                left.stand_ins[key] = embedding[key] = not_computed(array.astype(getattr(mx, kind)))
+
+
+def _embedding() -> Any:
+    model = _loading.model
+    owner = model and model.owner()
+    return (
+        None
+        if model is None or owner is None
+        else model.family.part_of(owner, model.family.embedding)
+    )
 
 
 def _raise_if_needed(owner: Any) -> None:
@@ -275,7 +315,7 @@ def evaluate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of `mlx_lm.utils.sharded_load`: a file of dead weights only need not be there."""
-    _loading.is_open, _loading.part, _loading.unreadable = True, None, {}
+    _loading.is_open, _loading.part, _loading.model, _loading.unreadable = True, None, None, {}
     _loading.repo = str(args[0] if args else kwargs.get("repo", ""))
     try:
         loaded = wrapped(*args, **kwargs)
@@ -283,7 +323,7 @@ def sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             raise error  # there is no pipeline, which would have looked whether it is needed
         return loaded
     finally:
-        _loading.is_open, _loading.part, _loading.unreadable = False, None, {}
+        _loading.is_open, _loading.part, _loading.model, _loading.unreadable = False, None, None, {}
 
 
 def download(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -142,8 +142,7 @@ def uninstall() -> None:
         if "mlx.core" in sys.modules:
             from . import dead_weights
 
-            for model in dead_weights.models():
-                model.complete()
+            dead_weights.complete()
         config.active = "off"
         for outcome in reversed(outcomes.values()):
             _take_out(outcome.handles)

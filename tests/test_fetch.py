@@ -15,6 +15,7 @@ import hub as hubs
 import pytest
 import ranks
 import tiny_checkpoint
+import tiny_models
 
 from mlx_lm_skiphead.cli import main
 
@@ -29,6 +30,8 @@ PLUGIN = {
     "untied": {2: ["34", "12"], 3: ["34", "23", "12"]},
     "tied": {2: ["134", "12"], 3: ["134", "23", "12"]},
 }
+CAST = [{"repo": "tiny/cast"}] if tiny_models.is_pipelined("kimi_k3") else []
+"""Ranks send each other the type of the embedding, and nearly all weights have another."""
 HIDDEN = ["34", "234", "124"]
 
 
@@ -38,11 +41,16 @@ def hub(tmp_path_factory):
     write("deepseek_v3", root / "untied", quantize=True, num_hidden_layers=6)
     kinds = ["sliding_attention", "full_attention"] * 3
     write("ministral3-tied", root / "tied", num_hidden_layers=6, layer_types=kinds)
+    if CAST:
+        text = tiny_models.CONFIGS["kimi_k3"]["text_config"]
+        attention = text["linear_attn_config"] | {"kda_layers": [1, 2, 4, 5]}
+        text = {**text, "num_hidden_layers": 6, "linear_attn_config": attention}
+        write("kimi_k3", root / "cast", half_embedding=True, text_config=text)
     with hubs.serve(root) as served:
         yield served
 
 
-def write(case: str, folder: Path, **changes: Any) -> None:
+def write(case: str, folder: Path, half_embedding: bool = False, **changes: Any) -> None:
     """A checkpoint of four files, weights in the order of the model, as mlx-lm writes them."""
     import mlx.core as mx
 
@@ -53,6 +61,9 @@ def write(case: str, folder: Path, **changes: Any) -> None:
     weights: dict[str, Any] = {}
     for path in folder.glob("*.safetensors"):
         weights |= mx.load(str(path))
+    if half_embedding:
+        (key,) = (key for key in weights if "embed_tokens" in key)
+        weights[key] = weights[key].astype(mx.bfloat16)
     mx.eval(weights)
     for path in folder.glob("*.safetensors"):
         path.unlink()
@@ -98,6 +109,7 @@ def unpatched(hub, count, caches) -> list[Any]:
         caches / f"unpatched-{count}",
         {"repo": "tiny/untied", "then": ["direct", "inner"]},
         {"repo": "tiny/tied", "then": ["direct", "inner"]},
+        *CAST,
     ).results
 
 
@@ -105,7 +117,8 @@ def unpatched(hub, count, caches) -> list[Any]:
 def plugin(hub, count, caches) -> list[Any]:
     """Ends with a cache in which nothing of ``tiny/untied`` is that only a direct call needs."""
     cache = caches / f"plugin-{count}"
-    told = start(hub, count, cache, {"repo": "tiny/untied"}, MLX_LM_SKIPHEAD="1").results
+    first = [{"repo": "tiny/untied"}, *CAST]
+    told = start(hub, count, cache, *first, MLX_LM_SKIPHEAD="1").results
     shutil.copytree(cache, caches / f"spare-{count}", symlinks=True)
     more = start(
         hub,
@@ -115,7 +128,7 @@ def plugin(hub, count, caches) -> list[Any]:
         {"repo": "tiny/tied", "then": ["inner", "asked", "uninstalled", "asked"]},
         MLX_LM_SKIPHEAD="1",
     ).results
-    return [[*first, *others] for first, others in zip(told, more, strict=True)]
+    return [[one[0], *two, *one[1:]] for one, two in zip(told, more, strict=True)]
 
 
 def paths(name: str, numbers: str) -> list[str]:
@@ -127,7 +140,7 @@ def files(numbers: str) -> list[str]:
 
 
 def test_what_is_fetched(count, unpatched, plugin):
-    for rank, ((untied, tied), (cold, warm, warm_tied)) in enumerate(
+    for rank, ((untied, tied, *cast), (cold, warm, warm_tied, *cold_cast)) in enumerate(
         zip(unpatched, plugin, strict=True)
     ):
         assert untied["asked"] == paths("untied", UNPATCHED[count][rank])
@@ -138,13 +151,17 @@ def test_what_is_fetched(count, unpatched, plugin):
         assert warm_tied["tokens"] == tied["tokens"]
         left = "".join(n for n in "14" if n not in mine["untied"])
         assert cold["left"] == warm["left"] == [files(left)]
+        for plain, mine_cast in zip(cast, cold_cast, strict=True):
+            assert mine_cast["tokens"] == plain["tokens"]
+            # The last file has more than norm and head there.
+            assert mine_cast["left"] == [files(left.replace("4", ""))]
         assert warm["asked"] == []  # the cache has what this rank needs
         left = "".join(n for n in "14" if n not in mine["tied"])
         assert warm_tied["left"] == [files(left)]
 
 
 def test_a_direct_call_fetches_once(hub, count, unpatched, plugin):
-    for rank, ((untied, tied), (_, warm, warm_tied)) in enumerate(
+    for rank, ((untied, tied, *_), (_, warm, warm_tied, *_)) in enumerate(
         zip(unpatched, plugin, strict=True)
     ):
         text, errors, first, second, asked, inner = warm["then"]
@@ -190,7 +207,7 @@ def test_offline(hub, count, unpatched, plugin, caches):
             MLX_LM_SKIPHEAD="1",
             HF_HUB_OFFLINE="1",
         ).results
-        for rank, ((plain, _), (mine,)) in enumerate(zip(unpatched, told, strict=True)):
+        for rank, ((plain, *_), (mine,)) in enumerate(zip(unpatched, told, strict=True)):
             assert mine["tokens"] == plain["tokens"]
             assert hub.asked == []
             if cache == "unpatched":
@@ -211,7 +228,7 @@ def test_a_folder_without_those_files(hub, unpatched, count, tmp_path):
                 (tmp_path / str(rank) / FILES[int(number) - 1]).unlink()
     task = {"repo": f"{tmp_path}/RANK", "then": ["errors"]}
     told = start(hub, count, tmp_path / "cache", task, MLX_LM_SKIPHEAD="1").results
-    for rank, ((plain, _), (mine,)) in enumerate(zip(unpatched, told, strict=True)):
+    for rank, ((plain, *_), (mine,)) in enumerate(zip(unpatched, told, strict=True)):
         assert mine["tokens"] == plain["tokens"]
         (errors,) = mine["then"]
         assert len(errors) == 2 * bool(rank)
@@ -277,4 +294,5 @@ def test_what_fails_is_said_by_the_hub_client(hub, what, tmp_path):
         hub.gone_after_config.clear()
         hub.gone.clear()
     assert re.match(r"httpx2?|huggingface_hub|requests", done.results[1])
-    assert done.results[0] == "builtins: [ring] connection to a peer was lost"
+    # Before mlx 0.32 the ring does not notice, and mlx.launch ends rank 0.
+    assert done.results[0] in (None, "builtins: [ring] connection to a peer was lost")
