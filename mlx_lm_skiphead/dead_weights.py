@@ -108,14 +108,17 @@ def models() -> list[Pipelined]:
     return [p for p in _pipelined if p.owner() is not None]
 
 
-def complete() -> None:
-    """Bring what is not here and upstream's own loops need. Raises as `bring`."""
-    if any(p.absent() for p in models()):
+def complete(stage: Any = None) -> None:
+    """Bring what is not here and upstream needs, for one pipelined model or all that are alive.
+
+    Raises as `bring`.
+    """
+    if stage is None and any(p.absent() for p in models()):
         gc.collect()  # not for models that nobody has any more
-    for pipelined in models():
-        owner = pipelined.owner()
-        if owner is not None and pipelined.rank != 0:
-            bring(pipelined.family, owner, *needed(pipelined.family, owner), read=False)
+    for reference, family, rank, *_ in models():
+        owner = reference()
+        if owner is not None and rank and (stage is None or family.stage_of(owner) is stage):
+            bring(family, owner, *needed(family, owner), read=False)
 
 
 def on_disk(module: Any) -> dict[str, mx.array]:
@@ -257,12 +260,17 @@ def bring(family: Family, owner: Any, *parts: Any, read: bool = True) -> None:
         RuntimeError: if they cannot be had; the message names the file.
     """
     modules = [module for part in parts for module in getattr(part, "modules", list)()]
-    noted: list[tuple[Any, Left]] = [(m, vars(m)["_skiphead"]) for m in modules if on_disk(m)]
-    absent = [(module, left) for module, left in noted if left.stand_ins]
-    noted = noted if read else absent
+    noted: list[tuple[Any, Left, dict[str, mx.array]]] = [
+        (module, vars(module)["_skiphead"], weights)
+        for module in modules
+        if (weights := on_disk(module))
+    ]
+    absent = [(module, left) for module, left, _ in noted if left.stand_ins]
+    if not read:
+        noted = [each for each in noted if each[1].stand_ins]
     if not noted:
         return
-    where = " and ".join(left.where for _, left in noted)
+    where = " and ".join(left.where for _, left, _ in noted)
     paths = sorted({path for _, left in absent for path in left.files})
     try:
         if absent:
@@ -274,17 +282,18 @@ def bring(family: Family, owner: Any, *parts: Any, read: bool = True) -> None:
             mx.eval([weights_of(new) for new in news])
             for (module, _), new in zip(absent, news, strict=True):
                 _become(module, new)
-        size = sum(array.nbytes for module, _ in noted for array in module.parameters().values())
-        mx.eval([on_disk(module) for module, _ in noted])
+        mx.eval([weights for *_, weights in noted])
     except Exception as error:
-        for module, left in noted:
-            module.update(stand_ins := {k: not_computed(v) for k, v in on_disk(module).items()})
-            vars(module)["_skiphead"] = left._replace(stand_ins=stand_ins)
-        files = sorted({path for _, left in noted for path in left.files})
+        for module, left, weights in noted:
+            if "_skiphead" in vars(module):
+                module.update(stand_ins := {k: not_computed(v) for k, v in weights.items()})
+                vars(module)["_skiphead"] = left._replace(stand_ins=stand_ins)
+        files = sorted({path for _, left, _ in noted for path in left.files})
         raise RuntimeError(
             f"{where} was left on disk and cannot be read from {', '.join(files)} "
             f"({error}). It is needed now: {NEEDED}"
         ) from error
+    size = sum(array.nbytes for *_, weights in noted for array in weights.values())
     told = f"read from disk, {size / 1e6:.1f} MB"
     if absent:
         files_size = sum(map(os.path.getsize, paths))

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import config, dead_weights, drift, registry
+from . import config, dead_weights, drift
 from .families import LOOPS_MODULE, Family
 from .handles import Patch, Wrapper, layers
 from .registry import MLX, broadcast_code
@@ -81,10 +81,8 @@ def model_call(family: Family) -> Wrapper:
 def stage_call(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of the pipelined model's ``__call__``, which keeps what mode "hidden" gives."""
     is_inner = this_thread.forward is not None and this_thread.forward.stage is stage
-    if not is_inner and dead_weights.on_disk(stage.norm):
-        split = registry.owner_of(stage)
-        if split is not None:
-            dead_weights.bring(split.family, split.owner, stage.norm)
+    if not is_inner:
+        dead_weights.complete(stage)  # also where `Model.__call__` is another package's by now
     out = wrapped(*args, **kwargs)
     if is_inner:
         this_thread.forward.hidden = out

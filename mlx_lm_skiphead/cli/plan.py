@@ -253,7 +253,9 @@ def _report(console: Console, model: str, family: str, planned: list[Rank]) -> N
             f"{_mb(rank.reads + rank.head)} → {_mb(rank.reads_skip)}",
         )
     files = [rank.files for rank in planned]
-    console.print(table, downloads.table(files), downloads.summary(files), highlight=False)
+    console.print(table, highlight=False)
+    if len({name for rank in files for name in rank["unpatched"]}) > 1:
+        console.print(downloads.table(files), downloads.summary(files), highlight=False)
     if planned[0].bandwidth is None:
         console.print(
             "What that saves in time depends on the machines: say their memory bandwidths with "
