@@ -3,7 +3,8 @@
 A rank with the plugin beside one without would wait in other collectives, for ever. mlx-lm's
 `sharded_load` ends in a sum of ones over all ranks, patched or not: here a rank with the plugin
 adds more than one to it, and sees from the sum who did not. Only where all have the plugin do they
-exchange what they have in another collective.
+exchange what they have in another collective; and the type of the hidden states, which a rank that
+has no embedding cannot know.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import config, drift, registry, watch
+from . import config, dead_weights, drift, registry, watch
 from .families import FAMILIES, LOADING_MODULE
 from .handles import Patch
 from .registry import MLX, SkipheadError
 
 log = logging.getLogger("mlx_lm_skiphead")
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Of `_exchanged`: plugins of another one must not get as far as that."""
 MARK = 4096 + PROTOCOL
 """What a rank with the plugin adds to the sum besides its one. Sums of it are exact in float32, for
@@ -63,7 +64,10 @@ def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
     try:
         with watch.watched(lambda seconds: f"{here}: {seconds:.0f} s for all ranks to have loaded"):
             _check_sum(int(total.item()) - ranks, ranks)
-            _check_settings(_exchanged())
+            by_rank = _exchanged()
+            embedded = [settings.pop("embedded") for settings in by_rank]
+            _check_settings(by_rank)
+        dead_weights.embed_as(next(filter(None, embedded), ""))
         watch.agreed = True
     except SkipheadError as error:
         if threading.current_thread() is not threading.main_thread():
@@ -129,12 +133,13 @@ def _settings() -> dict[str, str]:
 
 
 def _exchanged() -> list[dict[str, str]]:
-    """The settings of all ranks, by rank.
+    """The settings of all ranks, by rank, and the type of what each embeds.
 
     Raises:
         SkipheadError: if what arrives is not what a rank sends.
     """
-    data = json.dumps(_settings()).encode().ljust(SETTINGS_BYTES)
+    settings = {**_settings(), "embedded": dead_weights.embedded_type()}
+    data = json.dumps(settings).encode().ljust(SETTINGS_BYTES)
     everything = mx.distributed.all_gather(mx.array(list(data), mx.uint8), stream=mx.cpu)
     gathered = bytes(everything.tolist())  # type: ignore[arg-type]
     places = range(0, len(gathered), SETTINGS_BYTES)

@@ -5,27 +5,32 @@ mlx-lm loads lazily: a weight is read when something evaluates it, and what eval
 never uses are noted: a worker's head, and the embedding of a rank that embeds nothing. `mx.eval`
 leaves out their weights as long as they are lazy arrays of a file. They stay in the model, and
 whatever really uses them gets them, since a lazy array is a valid one.
+
+A file that has nothing else need not be there (`fetching`), and then also a worker's final norm may
+be in it. NaN takes the place of what is not there, until a direct call of the model needs it.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import io
-import json
 import logging
 import os
 import re
+import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from . import drift, registry
+from . import config, drift, fetching, registry
 from .families import LOADING_MODULE, Family
 from .handles import Patch
 from .registry import MLX, ModelStatus
@@ -44,7 +49,11 @@ class _Loading(threading.local):
     """A call of mlx-lm's `sharded_load`, while it lasts."""
 
     is_open = False
+    repo = ""
     folder = ""
+    part: fetching.Part | None = None
+    """What this rank has, once that is known."""
+    model: Pipelined | None = None
     unreadable: dict[str, Exception] = {}  # noqa: RUF012
     """Files of weights that could not be opened, which is an error if they are needed."""
 
@@ -55,9 +64,12 @@ _loading = _Loading()
 class Left(NamedTuple):
     """What is known of a module with dead weights: ``vars(module)["_skiphead"]``."""
 
+    name: str
     where: str
+    repo: str
+    """What `sharded_load` was given, or ""."""
     files: list[str]
-    """Those that have its weights."""
+    """Those that have its weights; of these those that are not there, if there are any."""
     stand_ins: dict[str, mx.array]
     """NaN, where the files cannot be read."""
 
@@ -66,7 +78,7 @@ class Pipelined(NamedTuple):
     """A model whose pipeline was set up while the plugin was on."""
 
     owner: weakref.ref[Any]
-    family: str
+    family: Family
     rank: int
     ranks: int
     dead: dict[str, weakref.ref[Any]]
@@ -79,7 +91,13 @@ class Pipelined(NamedTuple):
 
     def status(self) -> ModelStatus:
         sizes = {name: sum(a.nbytes for a in w.values()) for name, w in self.on_disk().items()}
-        return ModelStatus(self.family, self.rank, self.ranks, sizes)
+        return ModelStatus(self.family.name, self.rank, self.ranks, sizes, self.absent())
+
+    def absent(self) -> tuple[str, ...]:
+        """The files that were left out and are not there."""
+        modules = (reference() for reference in self.dead.values())
+        lefts: list[Left] = [vars(m)["_skiphead"] for m in modules if on_disk(m)]
+        return tuple(sorted({os.path.basename(f) for x in lefts if x.stand_ins for f in x.files}))
 
 
 _pipelined: list[Pipelined] = []
@@ -88,6 +106,19 @@ _pipelined: list[Pipelined] = []
 def models() -> list[Pipelined]:
     """The pipelined models that are alive."""
     return [p for p in _pipelined if p.owner() is not None]
+
+
+def complete(stage: Any = None) -> None:
+    """Bring what is not here and upstream needs, for one pipelined model or all that are alive.
+
+    Raises as `bring`.
+    """
+    if stage is None and any(p.absent() for p in models()):
+        gc.collect()  # not for models that nobody has any more
+    for reference, family, rank, *_ in models():
+        owner = reference()
+        if owner is not None and rank and (stage is None or family.stage_of(owner) is stage):
+            bring(family, owner, *needed(family, owner), read=False)
 
 
 def on_disk(module: Any) -> dict[str, mx.array]:
@@ -110,12 +141,16 @@ def pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
         family, owner, _ = split
         rank, ranks = stage.pipeline_rank, stage.pipeline_size
         found = {name: attrgetter(name)(parent) for parent, name in dead(family, owner, stage)}
+        if rank != 0:
+            found["norm"] = stage.norm
+        _loading.part = part(family, owner, stage)
         for name, module in found.items():
             _note(module, name, f"{name} of {family.name} on rank {rank}", owner)
         _raise_if_needed(owner)
-        references = {name: weakref.ref(module) for name, module in found.items()}
-        new = Pipelined(weakref.ref(owner), family.name, rank, ranks, references)
+        references = {k: weakref.ref(m) for k, m in found.items() if "_skiphead" in vars(m)}
+        new = Pipelined(weakref.ref(owner), family, rank, ranks, references)
         _pipelined[:] = [*(p for p in models() if p.owner() is not owner), new]
+        _loading.model = new
     return result
 
 
@@ -127,7 +162,22 @@ def dead(family: Family, owner: Any, stage: Any) -> Iterator[tuple[Any, str]]:
         yield owner, "lm_head"
     if rank != last and not (tied and rank == 0):
         yield stage, family.embedding
-    # Not the final norm: a few kilobytes, and it is on the way to the hidden states.
+
+
+def part(family: Family, owner: Any, stage: Any) -> fetching.Part:
+    """What this rank uses of a checkpoint in mlx-lm's loops."""
+    unused = [name for _, name in dead(family, owner, stage)]
+    if stage.pipeline_rank != 0 and config.active != "hidden":
+        # Not to be left on disk, being a few kilobytes, but no reason to fetch a file.
+        unused.append("norm")
+    layers = range(stage.start_idx, stage.end_idx)
+    return fetching.Part(layers, family.embedding, tuple(unused))
+
+
+def needed(family: Family, owner: Any, logits: bool = True) -> list[Any]:
+    """What a worker does not use in mlx-lm's loops, but in upstream's forward pass."""
+    norm = family.stage_of(owner).norm
+    return [norm, family.head_of(owner)] if logits else [norm]
 
 
 def _note(module: Any, name: str, where: str, owner: Any) -> None:
@@ -135,7 +185,7 @@ def _note(module: Any, name: str, where: str, owner: Any) -> None:
     arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
     files, missing = _files(name)
     stand_ins = {}
-    if missing and all(is_pending(v) and not _is_of_file(v) for v in arrays.values()):
+    if missing and all(map(_is_new, arrays.values())):
         # Made anew for want of a file, in any type: that of the others is what others send.
         loaded = [a.dtype for a in weights_of(owner).values() if _is_of_file(a)]
         kinds = Counter(dtype for dtype in loaded if mx.issubdtype(dtype, mx.inexact))
@@ -144,55 +194,120 @@ def _note(module: Any, name: str, where: str, owner: Any) -> None:
             kind = kinds.most_common(1)[0][0] if is_float else array.dtype
             stand_ins[key] = module[key] = not_computed(array.astype(kind))
         mx.eval(stand_ins)
-    vars(module)["_skiphead"] = Left(where, missing or files, stand_ins)
+    if stand_ins or name != "norm":
+        repo = _loading.repo if _loading.is_open else ""
+        vars(module)["_skiphead"] = Left(name, where, repo, missing or files, stand_ins)
 
 
 def _files(name: str) -> tuple[list[str], list[str]]:
     """The files of the checkpoint that is being loaded with a module's weights; those not there."""
-    try:
-        with open(os.path.join(_loading.folder, "model.safetensors.index.json")) as file:
-            weight_map = json.load(file)["weight_map"]
-    except (OSError, ValueError, KeyError):
-        weight_map = {}
-    found = {path for key, path in weight_map.items() if f".{name}." in f".{key}"}
-    paths = sorted(os.path.join(_loading.folder, p) for p in found or weight_map.values())
+    index = fetching.weight_map(_loading.folder)
+    part = _loading.part
+    found = {index[key] for key in fetching.keys_of(name, part.embedding, index)} if part else ()
+    paths = sorted({os.path.join(_loading.folder, p) for p in found or index.values()})
     unreadable = _loading.unreadable.keys()
     is_missing = (_loading.is_open and (p in unreadable or not os.path.exists(p)) for p in paths)
     return paths, [path for path, missing in zip(paths, is_missing, strict=True) if missing]
 
 
+def embedded_type() -> str:
+    """The type of what the model that is being loaded embeds; "" where its embedding is not here.
+
+    The ranks without it receive hidden states of that type.
+    """
+    embedding = _embedding()
+    if embedding is None or (
+        "_skiphead" in vars(embedding) and vars(embedding)["_skiphead"].stand_ins
+    ):
+        return ""
+    return str(embedding(mx.array([0])).dtype).rpartition(".")[2]  # nothing is evaluated
+
+
+def embed_as(kind: str) -> None:
+    """Let NaN in the place of an embedding be of the type that another rank's gives."""
+    embedding = _embedding()
+    if kind and embedding is not None and not embedded_type():
+        left: Left = vars(embedding)["_skiphead"]
+        for key, array in left.stand_ins.items():
+            if mx.issubdtype(array.dtype, mx.inexact):
+                left.stand_ins[key] = embedding[key] = not_computed(array.astype(getattr(mx, kind)))
+
+
+def _embedding() -> Any:
+    model = _loading.model
+    owner = model and model.owner()
+    return (
+        None
+        if model is None or owner is None
+        else model.family.part_of(owner, model.family.embedding)
+    )
+
+
 def _raise_if_needed(owner: Any) -> None:
     """What could not be opened is no error, unless a weight is missing that this rank needs."""
     for error in _loading.unreadable.values():
-        if any(is_pending(a) and not _is_of_file(a) for a in weights_of(owner).values()):
+        if any(map(_is_new, weights_of(owner).values())):
             raise error
     _loading.unreadable = {}
 
 
-def bring(head: Any) -> None:
-    """Read the weights of a head, if they are on disk, and say so: a call of it follows.
+def bring(family: Family, owner: Any, *parts: Any, read: bool = True) -> None:
+    """Fetch and read the weights of parts of a model, if that is to be done: a use of them follows.
+
+    Says so in one line of the log. Without `read` only what is not there is brought.
 
     Raises:
-        RuntimeError: if they cannot be read; the message names the file.
+        RuntimeError: if they cannot be had; the message names the file.
     """
-    for module in getattr(head, "modules", list)():
-        left: Left | None = vars(module).get("_skiphead")
-        weights = on_disk(module)
-        if left is None or not weights:
-            continue
-        try:
-            if left.stand_ins:
-                raise FileNotFoundError("it is not there or cannot be opened")
-            mx.eval(list(weights.values()))
-        except Exception as error:
-            module.update(stand_ins := {k: not_computed(v) for k, v in weights.items()})
-            vars(module)["_skiphead"] = left._replace(stand_ins=stand_ins)
-            raise RuntimeError(
-                f"{left.where} was left on disk and cannot be read from {', '.join(left.files)} "
-                f"({error}). It is needed now: {NEEDED}"
-            ) from error
-        size = f"{sum(array.nbytes for array in weights.values()) / 1e6:.1f} MB"
-        log.warning("%s has been read from disk, %s: %s", left.where, size, NEEDED)
+    modules = [module for part in parts for module in getattr(part, "modules", list)()]
+    noted: list[tuple[Any, Left, dict[str, mx.array]]] = [
+        (module, vars(module)["_skiphead"], weights)
+        for module in modules
+        if (weights := on_disk(module))
+    ]
+    absent = [(module, left) for module, left, _ in noted if left.stand_ins]
+    if not read:
+        noted = [each for each in noted if each[1].stand_ins]
+    if not noted:
+        return
+    where = " and ".join(left.where for _, left, _ in noted)
+    paths = sorted({path for _, left in absent for path in left.files})
+    try:
+        if absent:
+            fetching.fetch(absent[0][1].repo, paths)
+            load = sys.modules[LOADING_MODULE].load_model
+            model, _ = load(Path(paths[0]).parent, lazy=True, strict=False)
+            new_owner = family.owner_of(model)
+            news = [family.part_of(new_owner, left.name) for _, left in absent]
+            mx.eval([weights_of(new) for new in news])
+            for (module, _), new in zip(absent, news, strict=True):
+                _become(module, new)
+        mx.eval([weights for *_, weights in noted])
+    except Exception as error:
+        for module, left, weights in noted:
+            if "_skiphead" in vars(module):
+                module.update(stand_ins := {k: not_computed(v) for k, v in weights.items()})
+                vars(module)["_skiphead"] = left._replace(stand_ins=stand_ins)
+        files = sorted({path for _, left, _ in noted for path in left.files})
+        raise RuntimeError(
+            f"{where} was left on disk and cannot be read from {', '.join(files)} "
+            f"({error}). It is needed now: {NEEDED}"
+        ) from error
+    size = sum(array.nbytes for *_, weights in noted for array in weights.values())
+    told = f"read from disk, {size / 1e6:.1f} MB"
+    if absent:
+        files_size = sum(map(os.path.getsize, paths))
+        names = ", ".join(map(os.path.basename, paths))
+        told = f"fetched with {names}, {files_size / 1e6:.1f} MB"
+    log.warning("%s has been %s: %s", where, told, NEEDED)
+
+
+def _become(module: Any, new: Any) -> None:
+    """Make a module what another one is, for all that hold it: it may be quantized now."""
+    module.__class__ = type(new)
+    for mine, its in ((module, new), (vars(module), vars(new))):
+        dict.clear(mine)
+        dict.update(mine, its)
 
 
 def evaluate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -209,14 +324,30 @@ def evaluate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of `mlx_lm.utils.sharded_load`: a file of dead weights only need not be there."""
-    _loading.is_open, _loading.unreadable = True, {}
+    _loading.is_open, _loading.part, _loading.model, _loading.unreadable = True, None, None, {}
+    _loading.repo = str(args[0] if args else kwargs.get("repo", ""))
     try:
         loaded = wrapped(*args, **kwargs)
         for error in _loading.unreadable.values():
             raise error  # there is no pipeline, which would have looked whether it is needed
         return loaded
     finally:
-        _loading.is_open, _loading.unreadable = False, {}
+        _loading.is_open, _loading.part, _loading.model, _loading.unreadable = False, None, None, {}
+
+
+def download(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """The wrapper of `mlx_lm.utils._download`: for a rank of a pipeline, the files that it needs.
+
+    Only where `sharded_load` names the files, having split the model.
+    """
+    files = kwargs.get("allow_patterns")
+    if _loading.is_open and _loading.part is not None and files:
+        index = fetching.weight_map(_loading.folder)
+        kwargs = {**kwargs, "allow_patterns": sorted(_loading.part.needed(files, index))}
+    path = wrapped(*args, **kwargs)
+    if _loading.is_open:
+        _loading.folder = os.path.abspath(path)
+    return path
 
 
 def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -278,6 +409,12 @@ def is_pending(array: mx.array) -> bool:
     return bool(_operations(array))
 
 
+def _is_new(array: mx.array) -> bool:
+    """Whether `array` is what a module begins with, and of no file."""
+    operations = _operations(array)
+    return bool(operations) and "Load" not in operations
+
+
 def _is_of_file(array: mx.array) -> bool:
     return _operations(array) == ["Load"]
 
@@ -298,6 +435,7 @@ PATCHES = (
     _row(MLX, "eval", evaluate, "every rank reads the head"),
     _row(MLX, "save_safetensors", save, "NaN is saved for weights that are not there"),
     _row(LOADING_MODULE, "sharded_load", sharded_load, "all files of weights must be there"),
+    _row(LOADING_MODULE, "_download", download, "every rank fetches the files of the head"),
 )
 
 

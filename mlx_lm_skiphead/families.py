@@ -63,6 +63,10 @@ class Family(NamedTuple):
         head = getattr(owner, "lm_head", None)
         return head if head is not None else attrgetter(self.embedding)(self.stage_of(owner))
 
+    def part_of(self, owner: Any, name: str) -> Any:
+        """The module that dead weights are known by: ``lm_head``, or one of the pipelined model."""
+        return attrgetter(name)(owner if name == "lm_head" else self.stage_of(owner))
+
 
 FAMILIES = (
     Family("bailing_hybrid", stage_class="LanguageModel", embedding="word_embeddings"),

@@ -50,8 +50,8 @@ def model_call(family: Family) -> Wrapper:
             run = None  # of another model
         if run is None:
             gives_hidden = config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm()
-            if not gives_hidden:
-                dead_weights.bring(family.head_of(owner))
+            needed = dead_weights.needed(family, owner, logits=not gives_hidden)
+            dead_weights.bring(family, owner, *needed)
             forward = Forward(stage)
             with during(forward=forward):
                 out = wrapped(*args, **kwargs)
@@ -80,8 +80,11 @@ def model_call(family: Family) -> Wrapper:
 
 def stage_call(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of the pipelined model's ``__call__``, which keeps what mode "hidden" gives."""
+    is_inner = this_thread.forward is not None and this_thread.forward.stage is stage
+    if not is_inner:
+        dead_weights.complete(stage)  # also where `Model.__call__` is another package's by now
     out = wrapped(*args, **kwargs)
-    if this_thread.forward is not None and this_thread.forward.stage is stage:
+    if is_inner:
         this_thread.forward.hidden = out
     return out
 

@@ -127,6 +127,8 @@ def uninstall() -> None:
 
     Raises:
         SkipheadError: while a generation is running.
+        RuntimeError: where a file that a loaded model needs from then on is not there, and cannot
+            be fetched; the message names it.
     """
     with lock:
         if registry.generations():
@@ -137,6 +139,10 @@ def uninstall() -> None:
                 f"{count}. Let each end first, or end it: close() of a generator, remove() of all "
                 "requests of a batch."
             )
+        if "mlx.core" in sys.modules:
+            from . import dead_weights
+
+            dead_weights.complete()
         config.active = "off"
         for outcome in reversed(outcomes.values()):
             _take_out(outcome.handles)

@@ -54,11 +54,14 @@ class ModelStatus(NamedTuple):
     ranks: int
     on_disk: dict[str, int]
     """Bytes of weights that have not been read, by name of the module that they belong to."""
+    not_here: tuple[str, ...] = ()
+    """Files with such weights that have not been fetched, or are not in the model's folder."""
 
     def __str__(self) -> str:
         parts = [f"{name} {size / 1e6:.1f} MB" for name, size in self.on_disk.items()]
         left = " and ".join(parts) or "nothing"
-        return f"{self.family}, rank {self.rank} of {self.ranks}: {left} left on disk"
+        absent = f"; without {' and '.join(self.not_here)}" if self.not_here else ""
+        return f"{self.family}, rank {self.rank} of {self.ranks}: {left} left on disk{absent}"
 
 
 class Outcome(NamedTuple):

@@ -75,15 +75,18 @@ def _look() -> None:
         time.sleep(pause)
         now = time.monotonic()
         stopped, last = now - last - 2 * pause, now
-        for step in list(_under_way):
-            if stopped > pause:  # this process itself was
-                step.began += stopped
-            elif now - step.began > config.watch and not step.told:
-                step.told = step.describe(now - step.began)
-                usual = "" if agreed else NOT_COMPARED
-                usual = (
-                    f"usually {usual}{CAUSES}; " if "rank" in step.told.partition(": ")[2] else ""
-                )
-                log.warning("%s; %sthe stacks of all threads follow", step.told, usual)
-                with suppress(io.UnsupportedOperation, AttributeError, ValueError):
-                    faulthandler.dump_traceback()
+        _tell(now, stopped if stopped > pause else 0.0)
+
+
+def _tell(now: float, stopped: float) -> None:
+    """A function of its own, so that no step, and with it a model, is kept until the next."""
+    for step in list(_under_way):
+        if stopped:  # this process itself was
+            step.began += stopped
+        elif now - step.began > config.watch and not step.told:
+            step.told = step.describe(now - step.began)
+            usual = "" if agreed else NOT_COMPARED
+            usual = f"usually {usual}{CAUSES}; " if "rank" in step.told.partition(": ")[2] else ""
+            log.warning("%s; %sthe stacks of all threads follow", step.told, usual)
+            with suppress(io.UnsupportedOperation, AttributeError, ValueError):
+                faulthandler.dump_traceback()

@@ -50,6 +50,11 @@ def test_demo() -> None:
     assert "skip / unpatched" in done.stdout
     said = done.stdout.replace("\n", " ")
     assert "only rank 0 ran the head, and 537 MB of weights stayed on disk; next, let" in said
+    said = re.search(r"over all ranks: ([\d.]+) MB .*plugin, ([\d.]+) MB unpatched", done.stdout)
+    assert said is not None
+    skip, plain = map(float, said.groups())
+    # The head is in one file, the embedding in one with some of the first layer.
+    assert 4 * 134.2 < plain - skip < 4 * 140
     assert not done.stderr
 
 

@@ -132,8 +132,9 @@ def test_memory(name, folders, count, unpatched, skip):
         # In a generation a worker needs no logits either, nor what is computed of them.
         less = plain["peak"] - told["peak"] - total
         assert -0.01 * plain["peak"] < less < 0.01 * plain["peak"] + (rank > 0) * LOGITS, rank
-        status = [{"family": told["left"][0]["family"], "rank": rank, "ranks": count}]
-        assert told["left"] == told["left after"] == [status[0] | {"on_disk": missing}]
+        status = {"rank": rank, "ranks": count, "on_disk": missing, "not_here": []}
+        status["family"] = told["left"][0]["family"]
+        assert told["left"] == told["left after"] == [status]
         assert not plain["left"]
         assert told["tokens"] == plain["tokens"]
 

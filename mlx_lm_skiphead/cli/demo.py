@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import downloads
 from .arguments import backend, pipeline_ranks, positive
 from .ranks import RankFailed, interrupted_by_sigterm, local_ranks, rank_command, role
 
@@ -124,6 +125,7 @@ def _start(
 def _report(console: Console, plain: list[Result], skip: list[Result]) -> int:
     console.print(_work(plain, skip), _memory(plain, skip))
     console.print(f"The head is {skip[0]['head_bytes'] / 1e6:.0f} MB.")
+    console.print(downloads.summary([result["downloads"] for result in plain]), highlight=False)
     times = skip[0]["ms_per_token"]
     if all(times.values()):
         ratios = [s / u for s, u in zip(times["skip"], times["unpatched"], strict=True)]

@@ -40,6 +40,9 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 256,
 }
 
+FILE_BYTES = 140 * 10**6
+"""Of a file of weights at most; mlx-lm fills its own in the same order, up to 5 GiB."""
+
 
 def write(folder: Path) -> None:
     """Write config, weights (float32: the only type that is fast on a CPU) and a tokenizer."""
@@ -53,8 +56,16 @@ def write(folder: Path) -> None:
     table = model.model.embed_tokens.weight
     model.model.embed_tokens.weight = mx.random.normal(table.shape)
     weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
+    files: dict[str, dict[str, mx.array]] = {}
+    size = FILE_BYTES
+    for key, array in weights.items():
+        size += array.nbytes
+        if size > FILE_BYTES:
+            size, name = array.nbytes, f"model-{len(files) + 1:05d}.safetensors"
+        files.setdefault(name, {})[key] = array
+    for name, part in files.items():
+        mx.save_safetensors(str(folder / name), part, metadata={"format": "mlx"})
+    index = {"metadata": {}, "weight_map": {key: name for name in files for key in files[name]}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     _write_tokenizer(folder)

@@ -29,10 +29,13 @@ def locate(path_or_repo: str) -> Path:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(path_or_repo, local_files_only=True))
+            # mlx-lm fetches some kinds of files only, and each rank some of these.
+            found = snapshot_download(path_or_repo, local_files_only=True, allow_patterns="*.json")
+            folder = Path(found)
         except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise Unusable(
-                f"there is no folder {path_or_repo}, and no copy of such a hub repository here"
+                f"there is no folder {path_or_repo}, and no copy of such a hub repository here "
+                "(plan --fetch-headers looks at the hub)"
             ) from error
     if not (folder / "config.json").is_file():
         raise Unusable(f"there is no model in {folder}: it has no config.json")
@@ -65,7 +68,10 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
         raise Unusable(f"{index} is missing: mlx-lm needs it to split a model")
     files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
     if missing := sorted(str(file) for file in files if not file.exists()):
-        raise Unusable(f"files of the model are missing: {', '.join(missing)}")
+        raise Unusable(
+            f"files of the model are missing: {', '.join(missing)} (of a model on a hub, "
+            "plan --fetch-headers needs no more than the headers)"
+        )
     try:
         model, config = mlx_lm.utils.load_model(folder, lazy=True, strict=False)
         family = family_of(model)

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from . import downloads
 from .arguments import pipeline_ranks, positives
 from .ranks import WAYS, role
 
@@ -60,6 +62,8 @@ class Rank(NamedTuple):
     are given to, of the embedding nothing."""
     head: int
     """What running the head reads."""
+    files: downloads.Downloads = {}  # noqa: RUF012
+    """What it fetches from a hub, where it has nothing yet."""
 
     @property
     def skip(self) -> int:
@@ -182,6 +186,11 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--batch", type=positives(int), default=[1], metavar="B,...", help="batch sizes (1)"
     )
+    parser.add_argument(
+        "--fetch-headers",
+        action="store_true",
+        help="look at a repository on the hub: fetch its configuration and headers, no weights",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document, and nothing else")
     parser.set_defaults(run=run)
 
@@ -198,7 +207,11 @@ def run(arguments: argparse.Namespace) -> int:
                 raise Unusable(f"--{name} has {len(given)} values for {ranks} ranks")
         if arguments.link is not None and len(arguments.link) > 2:
             raise Unusable("--link is a rate in Gbit/s and a latency in ms, no more")
-        planned = plan(locate(arguments.model), ranks, arguments.split, arguments.batch)
+        with tempfile.TemporaryDirectory() as name:
+            if arguments.fetch_headers:
+                downloads.fetch_headers(arguments.model, Path(name))
+            folder = Path(name) if arguments.fetch_headers else locate(arguments.model)
+            planned = plan(folder, ranks, arguments.split, arguments.batch)
     except Unusable as error:
         print(f"mlx-lm-skiphead plan: {error}", file=sys.stderr)
         return 2
@@ -233,11 +246,16 @@ def plan(
     from .models import split
 
     parts = [split(folder, rank, ranks, layers) for rank in range(ranks)]
+    files = [downloads.of_rank(folder, model, family) for model, family, _ in parts]
+    sizes = sorted({1, *batches})
     _, family, _ = parts[0]
     return Plan(
         family.name,
         _row(*parts[0][:2]),
-        [_rank(*part, rank, ranks, sorted({1, *batches})) for rank, part in enumerate(parts)],
+        [
+            _rank(*part, rank, ranks, sizes)._replace(files=files[rank])
+            for rank, part in enumerate(parts)
+        ],
     )
 
 
@@ -371,10 +389,14 @@ def document(
                 "memory": machine.memory,
                 "fits": {way: _fits(rank, machine, way) for way in WAYS},
                 "head_ms": None if machine.bandwidth is None else times[batches[0]][rank.rank][1],
+                "downloads": rank.files,
             }
             for rank, machine in zip(planned.ranks, machines, strict=True)
         ],
         "tokens": tokens,
+        "download_bytes": {
+            way: downloads.total([rank.files for rank in planned.ranks], way) for way in WAYS
+        },
         "rank_0_should_be": best_head_machine(planned, machines, link, batches[0]),
     }
 
@@ -401,7 +423,10 @@ def _report(console: Console, told: dict[str, Any]) -> None:
             " → ".join(_mb(rank["reads_per_token_bytes"][way]) for way in WAYS),
             *([fits] if is_limited else []),
         )
+    files = [rank["downloads"] for rank in told["ranks"]]
     console.print(table, highlight=False)
+    if len({name for rank in files for name in rank["unpatched"]}) > 1:
+        console.print(downloads.table(files), downloads.summary(files), highlight=False)
     if told["tokens"]:
         console.print(_times(told), highlight=False)
     console.print("\n".join(_verdict(told)), highlight=False)

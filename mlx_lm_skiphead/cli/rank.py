@@ -45,7 +45,8 @@ def _demo(task: dict[str, Any]) -> dict[str, Any]:
     """Load, generate, count; and, where the task has rounds, time both ways in turn."""
     import mlx.core as mx
 
-    from . import measure
+    from . import downloads, measure
+    from .models import locate
 
     group = mx.distributed.init(strict=True)
     say(step="loading")
@@ -74,6 +75,7 @@ def _demo(task: dict[str, Any]) -> dict[str, Any]:
         "on_disk": on_disk,
         "peak_bytes": peak,
         "head_bytes": sum(array.nbytes for array in head.parameters().values()),
+        "downloads": downloads.of_rank(locate(task["model"]), model, family),
         "refused": measure.refused(family.name),
         "greedy": greedy.tokens,
         "seeded": seeded.tokens,
