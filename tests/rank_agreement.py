@@ -91,7 +91,7 @@ DIFFERENCES = {
     "mlx-lm": other_mlx_lm,
     "table": lambda: changed(agreement, "FAMILIES", ()),
     "refused": refused,
-    "garbage": lambda: changed(agreement.json, "dumps", lambda _: "{ this"),
+    "garbage": lambda: changed(agreement.json, "dumps", lambda _, **_kw: "{ this"),
 }
 
 if how == "each":
