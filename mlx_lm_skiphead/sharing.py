@@ -167,10 +167,9 @@ class Run:
                     mx.array([0] * size + [FAILED if failed else FINE], mx.uint32), sent
                 )
             else:
-                ids = mx.depends(tokens, sent) if len(sent) > 1 else tokens
-                mine = mx.concatenate(
-                    [ids.flatten().astype(mx.uint32), mx.array([FINE], mx.uint32)]
-                )
+                # Also where a sampler's ids do not come from logits: first the receive, then this.
+                ids = mx.depends(tokens.flatten().astype(mx.uint32), sent)
+                mine = mx.concatenate([ids, mx.array([FINE], mx.uint32)])
             if compare is not None:
                 mine = mx.concatenate([mine, compare.astype(mx.uint32)])
         spins = self.is_worker and _waits_by_spinning()

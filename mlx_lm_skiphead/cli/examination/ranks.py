@@ -34,7 +34,7 @@ def compare(report: Report) -> Any:
         if group.size() == 1:
             # As MLX takes a library of MPI that it cannot load.
             if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
-                report["problems"].append(_NO_MPI)
+                report["problems"].append(NO_MPI)
             return None
         data = json.dumps(_facts(report)).encode().ljust(FACTS_BYTES, b"\0")
         gather = inspect.unwrap(mx.distributed.all_gather)  # whatever wraps it
@@ -53,7 +53,7 @@ def compare(report: Report) -> Any:
     return group
 
 
-_NO_MPI = (
+NO_MPI = (
     "MLX does not find MPI, and each rank is alone: set MLX_MPI_LIBNAME to its library, as in "
     "mpirun -x MLX_MPI_LIBNAME=/path/to/libmpi.so.40 ..."
 )
