@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import copy
 import faulthandler
-import gc
 import importlib
 import itertools
 import json
@@ -172,7 +171,6 @@ class Session:
         self.uids = collections.defaultdict(list)
         self.ends_to_watch = []
         self.failures = []
-        self.rows = 1  # of the last own loop
         self.counts = collections.Counter()
 
     def see(self, *what):
@@ -197,7 +195,9 @@ class Session:
                 planned = "planned" in str(error)
                 self.see("error", type(error).__name__, str(error))
                 # Upstream leaves a step in flight, which would mix with what comes next.
+                self.settle()
                 mx.eval([c.state for cache in self.caches.values() for c in cache if not c.empty()])
+                self.settle()
                 if step["op"] == "speculate":  # what drafting has raised comes after the step here
                     self.caches.pop(f"{step.get('cache')}-draft", None)
                 if not planned:
@@ -210,9 +210,6 @@ class Session:
             steps.close()
         for name in list(self.batches):
             self.close(name)
-        self.settle()
-        # What an own loop has not shared must not meet the other way.
-        mx.eval(share_tokens(mx.zeros((self.rows,), mx.uint32)))
         self.settle()
         for name, cache in sorted(self.caches.items()):
             for c in cache:
@@ -471,7 +468,6 @@ class Session:
         one = len(prompts) == 1 and self.cache_of(cache, int(other))
         one = one or make_prompt_cache(model)
         two = make_prompt_cache(model)
-        self.rows = len(prompts)
         inputs = mx.array([tokens_of(prompt) for prompt in prompts])
         if how == "chunks" and inputs.shape[1] > 1:
             with rank_zero_head():
@@ -621,12 +617,7 @@ def do(lab, program):
         if way == "plugin":
             mlx_lm_skiphead.install(program.get("mode", "on"))
         else:
-            try:
-                mlx_lm_skiphead.uninstall()
-            except mlx_lm_skiphead.SkipheadError:  # what an error holds is not running any more
-                gc.collect()
-                mlx_lm_skiphead.uninstall()
-                done[-1].counts["uninstalled only after a garbage collection"] += 1
+            mlx_lm_skiphead.uninstall()
         if program.get("thread"):
             lab.pool.submit(done[-1].run).result()
         else:
