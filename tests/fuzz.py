@@ -4,7 +4,8 @@ A seed gives a program: a model and a list of steps (`random_program`). Ranks th
 program both ways, in the same processes, from the same random state and with fresh objects, and
 each compares what it saw (`Session.see`): tokens, drafts, texts, stop reasons, errors and when
 they come, random numbers, prompt caches, and on rank 0 logprobs. A program that differs, or that
-stands still, is done again unpatched only, to tell apart what is mlx-lm's own; then it is made
+stands still, is done again on fresh ranks: alone, or else after those before it. One that does not
+come again is counted apart, and so is one in which unpatched differs from itself. Another is made
 smaller by leaving things out, and printed with the command that does it again.
 
     python tests/fuzz.py --minutes 60
