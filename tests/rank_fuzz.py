@@ -91,7 +91,6 @@ class Lab:
         # One thread for all: MLX may abort where a thread ends in which it has computed.
         self.pool = ThreadPoolExecutor(1)
         self.models = {}
-        self.drafts = {}
         folder_of = self.checkpoint("qwen2", {})
         self.tokenizer = load_tokenizer(folder_of, eos_token_ids=tiny_checkpoint.END_ID)
         self.where = open(folder / f"at-{self.rank}", "w")  # noqa: SIM115
@@ -187,6 +186,7 @@ class Session:
                 if number == 0:
                     mx.random.seed(0)
                     self.model_of = {w: self.lab.model(self.program, w) for w in self.others()}
+                    self.drafts = {d: self.draft(d) for d in self.drafted()}
                     mx.random.seed(self.program.get("seed", 0))
                 getattr(self, step["op"])(**options)
                 if step["op"] in CHANGING:  # which draws for each module that a rank has
@@ -196,7 +196,9 @@ class Session:
                 self.see("error", type(error).__name__, str(error))
                 # Upstream leaves a step in flight, which would mix with what comes next.
                 self.settle()
-                mx.eval([c.state for cache in self.caches.values() for c in cache if not c.empty()])
+                batches = [b._generation_batch for b in self.batches.values()]
+                caches = [*self.caches.values(), *(b.prompt_cache for b in batches)]
+                mx.eval([c.state for cache in caches for c in cache if not c.empty()])
                 self.settle()
                 if step["op"] == "speculate":  # what drafting has raised comes after the step here
                     self.caches.pop(f"{step.get('cache')}-draft", None)
@@ -341,7 +343,7 @@ class Session:
         if callback is not None:
             options["prompt_progress_callback"] = self.callback(callback, model)
         if draft is not None:
-            small = self.draft(draft)
+            small = self.drafts[draft]
             if cache is not None:
                 if f"{cache}-draft" not in self.caches:
                     self.caches[f"{cache}-draft"] = make_prompt_cache(model)
@@ -364,9 +366,14 @@ class Session:
 
     speculate = generate
 
+    def drafted(self):
+        return sorted({s["draft"] for s in self.program["steps"] if "draft" in s})
+
     def draft(self, name):
         case = self.program["case"] if name == "same" else name
-        return self.lab.drafts[case]
+        mx.random.seed(1)
+        key = ("draft", case, self.program.get("thread"))
+        return self.lab.kept(key, lambda: tiny_models.make(case))
 
     def callback(self, kind, model):
         calls = itertools.count()
@@ -605,11 +612,6 @@ def offsets(cache):
 def do(lab, program):
     """Both ways of `program` on this rank: what each saw, if they differ."""
     ways = program.get("ways", BOTH)
-    lab.at("prepare")
-    cases = {s["draft"] for s in program["steps"] if "draft" in s}
-    for case in {program["case"] if c == "same" else c for c in cases}:
-        if case not in lab.drafts:
-            lab.drafts[case] = tiny_models.make(case)
     done = []
     for way in ways:
         lab.at(way, "begin")
