@@ -110,6 +110,7 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
                 ["own key", rng.randrange(100)],
                 ["numpy", rng.randrange(100)],
                 ["numpy choice" if strict else "numpy", rng.randrange(100)],
+                ["forced" if strict else "by turns"],  # or unpatched is wrong
                 ["by turns"],
                 ["raises", rng.randrange(8), rng.choice(ERRORS)],
             ]

@@ -267,6 +267,11 @@ class Session:
         def by_turns(logprobs):
             return mx.argsort(logprobs, axis=-1)[..., -1 - next(calls) % 3]
 
+        def forced(logprobs):  # as a grammar that allows one token only
+            if next(calls) % 4 == 3:
+                return mx.argmax(logprobs, axis=-1)
+            return mx.full(logprobs.shape[:-1], 40, mx.uint32)
+
         def raises(logprobs):
             if next(calls) == rest[0]:
                 raise ERRORS[rest[1]](f"planned, call {rest[0]}")
@@ -277,6 +282,7 @@ class Session:
             "numpy": gumbel,
             "numpy choice": choice,
             "by turns": by_turns,
+            "forced": forced,
             "raises": raises,
         }[name]
 
