@@ -4,7 +4,8 @@ A seed gives a program: a model and a list of steps (`random_program`). Ranks th
 program both ways, in the same processes, from the same random state and with fresh objects, and
 each compares what it saw (`Session.see`): tokens, drafts, texts, stop reasons, errors and when
 they come, random numbers, prompt caches, and on rank 0 logprobs. A program that differs, or that
-stands still, is done again unpatched only, to tell apart what is mlx-lm's own; then it is made
+stands still, is done again on fresh ranks: alone, or else after those before it. One that does not
+come again is counted apart, and so is one in which unpatched differs from itself. Another is made
 smaller by leaving things out, and printed with the command that does it again.
 
     python tests/fuzz.py --minutes 60
@@ -109,6 +110,7 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
                 ["own key", rng.randrange(100)],
                 ["numpy", rng.randrange(100)],
                 ["numpy choice" if strict else "numpy", rng.randrange(100)],
+                ["forced" if strict else "by turns"],  # or unpatched is wrong
                 ["by turns"],
                 ["raises", rng.randrange(8), rng.choice(ERRORS)],
             ]
@@ -260,6 +262,8 @@ class Fuzzer:
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self.launch: Launch | None = None
+        self.before: collections.deque[Program] = collections.deque(maxlen=6)
+        """What these ranks did last."""
         self.counts: collections.Counter[str] = collections.Counter()
         self.steps: collections.Counter[str] = collections.Counter()
         self.failures: collections.Counter[str] = collections.Counter()
@@ -268,13 +272,15 @@ class Fuzzer:
         if self.launch is not None:
             self.launch.end()
         self.launch = None
+        self.before.clear()
 
     def do(self, program: Program, limit: float | None = None) -> Told:
         if self.launch is None or self.launch.count != program["ranks"]:
             self.end()
             self.launch = Launch(program["ranks"])
         told = self.launch.do(program, limit or self.limit)
-        if isinstance(told, str) or any(result.get("broken") for result in told):
+        self.before.append(program)
+        if differs(told):  # what it has left in flight must not meet the next one
             self.end()
         return told
 
@@ -284,6 +290,7 @@ class Fuzzer:
 
     def judge(self, program: Program) -> None:
         """Do the program, count what became of it, and say so if it differs."""
+        before = list(self.before)
         told = self.do(program)
         self.counts["programs"] += 1
         self.steps.update(step["op"] for step in program["steps"])
@@ -292,31 +299,46 @@ class Fuzzer:
             self.failures.update(told[0]["failures"])
             self.counts.update(told[-1]["counts"])
             return
-        if self.fails_itself(program):
-            self.counts["unpatched differs from itself or stands still"] += 1
-            print(f"Unpatched fails: {program}\n{difference(told, program)}\n", flush=True)
-            return
-        self.counts["differences"] += 1
         print(f"DIFFERENCE: {program}\n{difference(told, program)}", flush=True)
-        smallest = self.minimised(program)
-        if smallest is None:
-            print("It does not come again.\n", flush=True)
-            return
-        print(f"Smallest:\n{difference(self.do(smallest), smallest)}")
-        print(f'python tests/fuzz.py --program "{smallest}"\n', flush=True)
-
-    def minimised(self, program: Program, seconds: float = 300) -> Program | None:
-        """The program with as much left out as still differs in this way; None if it does not."""
-        until = time.monotonic() + seconds
-        told = self.do(program)
-        if not differs(told):
-            return None
         kind = type(told)  # standing still is another thing than a difference
+        if self.comes([program], kind):
+            if self.fails_itself(program):
+                self.count("unpatched differs from itself or stands still")
+                return
+            program = self.minimised(program, kind)
+        elif self.comes([*before, program], kind):
+            # One of those before it, or all that there are, has left something to it.
+            while before and self.comes([*before[1:], program], kind):
+                before = before[1:]
+            print("Only after:", *before, sep="\n    ", flush=True)
+        else:
+            self.count("differences that do not come again")
+            return
+        self.count("differences")
+        print(f'python tests/fuzz.py --program "{program}"\n', flush=True)
+
+    def count(self, what: str) -> None:
+        self.counts[what] += 1
+        print(f"Counted as: {what}", flush=True)
+
+    def comes(self, programs: list[Program], kind: type, times: int = 3) -> bool:
+        """Whether the last one differs in this way, on fresh ranks, in one of some attempts."""
+        for _ in range(times):
+            self.end()
+            *_, told = (self.do(program) for program in programs)
+            if differs(told) and isinstance(told, kind):
+                return True
+        return False
+
+    def minimised(self, program: Program, kind: type, seconds: float = 300) -> Program:
+        """The program with as much left out as still differs in this way."""
+        until = time.monotonic() + seconds
         candidates = leave_outs(program)
         while (smaller := next(candidates, None)) and time.monotonic() < until:
             told = self.do(smaller, self.limit / 2)
             if differs(told) and isinstance(told, kind) and not self.fails_itself(smaller):
                 program, candidates = smaller, leave_outs(smaller)
+        print(f"Smallest:\n{difference(self.do(program), program)}")
         return program
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import copy
 import faulthandler
-import gc
 import importlib
 import itertools
 import json
@@ -92,7 +91,6 @@ class Lab:
         # One thread for all: MLX may abort where a thread ends in which it has computed.
         self.pool = ThreadPoolExecutor(1)
         self.models = {}
-        self.drafts = {}
         folder_of = self.checkpoint("qwen2", {})
         self.tokenizer = load_tokenizer(folder_of, eos_token_ids=tiny_checkpoint.END_ID)
         self.where = open(folder / f"at-{self.rank}", "w")  # noqa: SIM115
@@ -172,7 +170,6 @@ class Session:
         self.uids = collections.defaultdict(list)
         self.ends_to_watch = []
         self.failures = []
-        self.rows = 1  # of the last own loop
         self.counts = collections.Counter()
 
     def see(self, *what):
@@ -189,6 +186,7 @@ class Session:
                 if number == 0:
                     mx.random.seed(0)
                     self.model_of = {w: self.lab.model(self.program, w) for w in self.others()}
+                    self.drafts = {d: self.draft(d) for d in self.drafted()}
                     mx.random.seed(self.program.get("seed", 0))
                 getattr(self, step["op"])(**options)
                 if step["op"] in CHANGING:  # which draws for each module that a rank has
@@ -197,7 +195,11 @@ class Session:
                 planned = "planned" in str(error)
                 self.see("error", type(error).__name__, str(error))
                 # Upstream leaves a step in flight, which would mix with what comes next.
-                mx.eval([c.state for cache in self.caches.values() for c in cache if not c.empty()])
+                self.settle()
+                batches = [b._generation_batch for b in self.batches.values()]
+                caches = [*self.caches.values(), *(b.prompt_cache for b in batches)]
+                mx.eval([c.state for cache in caches for c in cache if not c.empty()])
+                self.settle()
                 if step["op"] == "speculate":  # what drafting has raised comes after the step here
                     self.caches.pop(f"{step.get('cache')}-draft", None)
                 if not planned:
@@ -210,9 +212,6 @@ class Session:
             steps.close()
         for name in list(self.batches):
             self.close(name)
-        self.settle()
-        # What an own loop has not shared must not meet the other way.
-        mx.eval(share_tokens(mx.zeros((self.rows,), mx.uint32)))
         self.settle()
         for name, cache in sorted(self.caches.items()):
             for c in cache:
@@ -268,6 +267,11 @@ class Session:
         def by_turns(logprobs):
             return mx.argsort(logprobs, axis=-1)[..., -1 - next(calls) % 3]
 
+        def forced(logprobs):  # as a grammar that allows one token only
+            if next(calls) % 4 == 3:
+                return mx.argmax(logprobs, axis=-1)
+            return mx.full(logprobs.shape[:-1], 40, mx.uint32)
+
         def raises(logprobs):
             if next(calls) == rest[0]:
                 raise ERRORS[rest[1]](f"planned, call {rest[0]}")
@@ -278,6 +282,7 @@ class Session:
             "numpy": gumbel,
             "numpy choice": choice,
             "by turns": by_turns,
+            "forced": forced,
             "raises": raises,
         }[name]
 
@@ -344,7 +349,7 @@ class Session:
         if callback is not None:
             options["prompt_progress_callback"] = self.callback(callback, model)
         if draft is not None:
-            small = self.draft(draft)
+            small = self.drafts[draft]
             if cache is not None:
                 if f"{cache}-draft" not in self.caches:
                     self.caches[f"{cache}-draft"] = make_prompt_cache(model)
@@ -367,9 +372,14 @@ class Session:
 
     speculate = generate
 
+    def drafted(self):
+        return sorted({s["draft"] for s in self.program["steps"] if "draft" in s})
+
     def draft(self, name):
         case = self.program["case"] if name == "same" else name
-        return self.lab.drafts[case]
+        mx.random.seed(1)
+        key = ("draft", case, self.program.get("thread"))
+        return self.lab.kept(key, lambda: tiny_models.make(case))
 
     def callback(self, kind, model):
         calls = itertools.count()
@@ -471,7 +481,6 @@ class Session:
         one = len(prompts) == 1 and self.cache_of(cache, int(other))
         one = one or make_prompt_cache(model)
         two = make_prompt_cache(model)
-        self.rows = len(prompts)
         inputs = mx.array([tokens_of(prompt) for prompt in prompts])
         if how == "chunks" and inputs.shape[1] > 1:
             with rank_zero_head():
@@ -609,11 +618,6 @@ def offsets(cache):
 def do(lab, program):
     """Both ways of `program` on this rank: what each saw, if they differ."""
     ways = program.get("ways", BOTH)
-    lab.at("prepare")
-    cases = {s["draft"] for s in program["steps"] if "draft" in s}
-    for case in {program["case"] if c == "same" else c for c in cases}:
-        if case not in lab.drafts:
-            lab.drafts[case] = tiny_models.make(case)
     done = []
     for way in ways:
         lab.at(way, "begin")
@@ -621,12 +625,7 @@ def do(lab, program):
         if way == "plugin":
             mlx_lm_skiphead.install(program.get("mode", "on"))
         else:
-            try:
-                mlx_lm_skiphead.uninstall()
-            except mlx_lm_skiphead.SkipheadError:  # what an error holds is not running any more
-                gc.collect()
-                mlx_lm_skiphead.uninstall()
-                done[-1].counts["uninstalled only after a garbage collection"] += 1
+            mlx_lm_skiphead.uninstall()
         if program.get("thread"):
             lab.pool.submit(done[-1].run).result()
         else:
