@@ -134,6 +134,12 @@ def speculation(drafts, **options):
     return [told, mx.random.uniform().item(), tokens(model)]
 
 
+def forced():
+    """A sampler whose ids do not come from logits, as where a grammar allows one token only."""
+    model, calls = load(), itertools.count(5)
+    return [tokens(model, sampler=lambda logprobs: mx.array([next(calls)])), tokens(model)]
+
+
 class Surprised:
     """A sampler whose next choice depends on the values that it has seen, as Mirostat's."""
 
@@ -375,6 +381,7 @@ PROGRAMS = {
     "speculation, 5 drafts": lambda: speculation(5, logits_processors=[Counting()]),
     "speculation, own key": lambda: speculation(2, sampler=OwnKey()),
     "speculation by value": lambda: speculation(2, sampler=Surprised()),
+    "forced": forced,
     "two batches": lambda: two_batches(False),
     "two batches, two models": lambda: two_batches(True),
     "guidance, one block": lambda: guidance("one block"),
