@@ -12,16 +12,13 @@ be in it. NaN takes the place of what is not there, until a direct call of the m
 
 from __future__ import annotations
 
-import functools
 import gc
 import io
 import logging
 import os
 import re
 import sys
-import threading
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -45,22 +42,6 @@ NEEDED = (
 )
 
 
-class _Loading(threading.local):
-    """A call of mlx-lm's `sharded_load`, while it lasts."""
-
-    is_open = False
-    repo = ""
-    folder = ""
-    part: fetching.Part | None = None
-    """What this rank has, once that is known."""
-    model: Pipelined | None = None
-    unreadable: dict[str, Exception] = {}  # noqa: RUF012
-    """Files of weights that could not be opened, which is an error if they are needed."""
-
-
-_loading = _Loading()
-
-
 class Left(NamedTuple):
     """What is known of a module with dead weights: ``vars(module)["_skiphead"]``."""
 
@@ -69,9 +50,11 @@ class Left(NamedTuple):
     repo: str
     """What `sharded_load` was given, or ""."""
     files: list[str]
-    """Those that have its weights; of these those that are not there, if there are any."""
-    stand_ins: dict[str, mx.array]
-    """NaN, where the files cannot be read."""
+    """Those that have its weights; where some of these are not there, they."""
+    absent: bool = False
+    """Whether the files are not there, or cannot be read: NaN is in the place of the weights."""
+    kind: mx.Dtype | None = None
+    """The type of that NaN, unless somebody recasts it."""
 
 
 class Pipelined(NamedTuple):
@@ -96,8 +79,9 @@ class Pipelined(NamedTuple):
     def absent(self) -> tuple[str, ...]:
         """The files that were left out and are not there."""
         modules = (reference() for reference in self.dead.values())
-        lefts: list[Left] = [vars(m)["_skiphead"] for m in modules if on_disk(m)]
-        return tuple(sorted({os.path.basename(f) for x in lefts if x.stand_ins for f in x.files}))
+        return tuple(
+            sorted({os.path.basename(f) for m in modules if is_absent(m) for f in _left(m).files})
+        )
 
 
 _pipelined: list[Pipelined] = []
@@ -122,15 +106,38 @@ def complete(stage: Any = None) -> None:
 
 
 def on_disk(module: Any) -> dict[str, mx.array]:
-    """The weights of a module, or of None, that are as they were loaded and have not been read.
+    """The weights of a module, or of None, that have not been read.
 
     Not those that somebody has recast or replaced: these are evaluated as upstream.
     """
-    left = None if module is None else vars(module).get("_skiphead")
-    if left is None:
+    if _left(module) is None:
         return {}
-    arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
-    return {k: v for k, v in arrays.items() if _is_of_file(v) or v is left.stand_ins.get(k)}
+    every = is_absent(module)
+    return {k: v for k, v in _arrays(module).items() if every or _is_of_file(v)}
+
+
+def is_absent(module: Any) -> bool:
+    """Whether NaN is in the place of the weights of a module, or of None; recast it stays NaN."""
+    left = _left(module)
+    if left is None or not left.absent:
+        return False
+    return _is_nan(module)
+
+
+def _is_nan(module: Any) -> bool:
+    return any(bool(mx.isnan(array[(0,) * array.ndim])) for array in _floats(module))
+
+
+def _left(module: Any) -> Any:
+    return None if module is None else vars(module).get("_skiphead")
+
+
+def _arrays(module: Any) -> dict[str, mx.array]:
+    return {k: v for k, v in module.items() if isinstance(v, mx.array)}
+
+
+def _floats(module: Any) -> list[mx.array]:
+    return [a for a in _arrays(module).values() if mx.issubdtype(a.dtype, mx.inexact)]
 
 
 def pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
@@ -143,14 +150,14 @@ def pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
         found = {name: attrgetter(name)(parent) for parent, name in dead(family, owner, stage)}
         if rank != 0:
             found["norm"] = stage.norm
-        _loading.part = part(family, owner, stage)
+        fetching.loading.part = part(family, owner, stage)
         for name, module in found.items():
-            _note(module, name, f"{name} of {family.name} on rank {rank}", owner)
+            _note(module, name, f"{name} of {family.name} on rank {rank}")
         _raise_if_needed(owner)
-        references = {k: weakref.ref(m) for k, m in found.items() if "_skiphead" in vars(m)}
+        references = {k: weakref.ref(m) for k, m in found.items() if _left(m)}
         new = Pipelined(weakref.ref(owner), family, rank, ranks, references)
         _pipelined[:] = [*(p for p in models() if p.owner() is not owner), new]
-        _loading.model = new
+        fetching.loading.model = new
     return result
 
 
@@ -180,34 +187,20 @@ def needed(family: Family, owner: Any, logits: bool = True) -> list[Any]:
     return [norm, family.head_of(owner)] if logits else [norm]
 
 
-def _note(module: Any, name: str, where: str, owner: Any) -> None:
+def _note(module: Any, name: str, where: str) -> None:
     """Note what a module has on disk; NaN takes the place of weights that no file has."""
-    arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
-    files, missing = _files(name)
-    stand_ins = {}
-    if missing and all(map(_is_new, arrays.values())):
-        # Made anew for want of a file, in any type: that of the others is what others send.
-        loaded = [a.dtype for a in weights_of(owner).values() if _is_of_file(a)]
-        kinds = Counter(dtype for dtype in loaded if mx.issubdtype(dtype, mx.inexact))
-        for key, array in arrays.items():
-            is_float = kinds and mx.issubdtype(array.dtype, mx.inexact)
-            kind = kinds.most_common(1)[0][0] if is_float else array.dtype
-            stand_ins[key] = module[key] = not_computed(array.astype(kind))
-        mx.eval(stand_ins)
-    if stand_ins or name != "norm":
-        repo = _loading.repo if _loading.is_open else ""
-        vars(module)["_skiphead"] = Left(name, where, repo, missing or files, stand_ins)
+    files, missing = fetching.files_of(name)
+    absent = bool(missing) and all(map(_is_new, _arrays(module).values()))
+    if absent:
+        _put_nan(module)
+    if absent or name != "norm":
+        repo = fetching.loading.repo if fetching.loading.is_open else ""
+        vars(module)["_skiphead"] = Left(name, where, repo, missing or files, absent)
 
 
-def _files(name: str) -> tuple[list[str], list[str]]:
-    """The files of the checkpoint that is being loaded with a module's weights; those not there."""
-    index = fetching.weight_map(_loading.folder)
-    part = _loading.part
-    found = {index[key] for key in fetching.keys_of(name, part.embedding, index)} if part else ()
-    paths = sorted({os.path.join(_loading.folder, p) for p in found or index.values()})
-    unreadable = _loading.unreadable.keys()
-    is_missing = (_loading.is_open and (p in unreadable or not os.path.exists(p)) for p in paths)
-    return paths, [path for path, missing in zip(paths, is_missing, strict=True) if missing]
+def _put_nan(module: Any) -> None:
+    module.update({key: not_computed(array) for key, array in _arrays(module).items()})
+    mx.eval(list(_arrays(module).values()))
 
 
 def embedded_type() -> str:
@@ -215,40 +208,33 @@ def embedded_type() -> str:
 
     The ranks without it receive hidden states of that type.
     """
-    embedding = _embedding()
-    if embedding is None or (
-        "_skiphead" in vars(embedding) and vars(embedding)["_skiphead"].stand_ins
-    ):
+    loaded: Pipelined | None = fetching.loading.model
+    owner = loaded and loaded.owner()
+    if loaded is None or owner is None:
         return ""
-    return str(embedding(mx.array([0])).dtype).rpartition(".")[2]  # nothing is evaluated
+    embedding = loaded.family.part_of(owner, loaded.family.embedding)
+    # Nothing is evaluated.
+    return "" if is_absent(embedding) else str(embedding(mx.array([0])).dtype).rpartition(".")[2]
 
 
-def embed_as(kind: str) -> None:
-    """Let NaN in the place of an embedding be of the type that another rank's gives."""
-    embedding = _embedding()
-    if kind and embedding is not None and not embedded_type():
-        left: Left = vars(embedding)["_skiphead"]
-        for key, array in left.stand_ins.items():
-            if mx.issubdtype(array.dtype, mx.inexact):
-                left.stand_ins[key] = embedding[key] = not_computed(array.astype(getattr(mx, kind)))
-
-
-def _embedding() -> Any:
-    model = _loading.model
-    owner = model and model.owner()
-    return (
-        None
-        if model is None or owner is None
-        else model.family.part_of(owner, model.family.embedding)
-    )
+def embed_as(name: str) -> None:
+    """Let NaN in the place of weights be of the type that another rank embeds in."""
+    loaded: Pipelined | None = fetching.loading.model
+    kind = getattr(mx, name, None)
+    for reference in loaded.dead.values() if loaded and kind else ():
+        module: Any = reference()
+        if is_absent(module):
+            module.set_dtype(kind)
+            _put_nan(module)
+            vars(module)["_skiphead"] = _left(module)._replace(kind=kind)
 
 
 def _raise_if_needed(owner: Any) -> None:
     """What could not be opened is no error, unless a weight is missing that this rank needs."""
-    for error in _loading.unreadable.values():
+    for error in fetching.loading.unreadable.values():
         if any(map(_is_new, weights_of(owner).values())):
             raise error
-    _loading.unreadable = {}
+    fetching.loading.unreadable = {}
 
 
 def bring(family: Family, owner: Any, *parts: Any, read: bool = True) -> None:
@@ -260,54 +246,62 @@ def bring(family: Family, owner: Any, *parts: Any, read: bool = True) -> None:
         RuntimeError: if they cannot be had; the message names the file.
     """
     modules = [module for part in parts for module in getattr(part, "modules", list)()]
-    noted: list[tuple[Any, Left, dict[str, mx.array]]] = [
-        (module, vars(module)["_skiphead"], weights)
-        for module in modules
-        if (weights := on_disk(module))
-    ]
-    absent = [(module, left) for module, left, _ in noted if left.stand_ins]
-    if not read:
-        noted = [each for each in noted if each[1].stand_ins]
+    absent = [(module, _left(module)) for module in modules if is_absent(module)]
+    noted = absent if not read else [(m, _left(m)) for m in modules if on_disk(m)]
+    if _is_replaced(owner) and any(_is_nan(module) for module in modules if not _left(module)):
+        raise RuntimeError(
+            "The head or the norm was made (quantized, fused) from weights that are not here. "
+            "Fetch all files of the model, or call mlx_lm_skiphead.uninstall(), before that."
+        )
     if not noted:
         return
-    where = " and ".join(left.where for _, left, _ in noted)
+    where = " and ".join(left.where for _, left in noted)
     paths = sorted({path for _, left in absent for path in left.files})
     try:
         if absent:
             fetching.fetch(absent[0][1].repo, paths)
-            load = sys.modules[LOADING_MODULE].load_model
-            model, _ = load(Path(paths[0]).parent, lazy=True, strict=False)
-            new_owner = family.owner_of(model)
-            news = [family.part_of(new_owner, left.name) for _, left in absent]
-            mx.eval([weights_of(new) for new in news])
-            for (module, _), new in zip(absent, news, strict=True):
-                _become(module, new)
-        mx.eval([weights for *_, weights in noted])
+            _read(family, owner, Path(paths[0]).parent, absent)
+        mx.eval([list(_arrays(module).values()) for module, _ in noted])
     except Exception as error:
-        for module, left, weights in noted:
-            if "_skiphead" in vars(module):
-                module.update(stand_ins := {k: not_computed(v) for k, v in weights.items()})
-                vars(module)["_skiphead"] = left._replace(stand_ins=stand_ins)
-        files = sorted({path for _, left, _ in noted for path in left.files})
+        for module, left in noted:
+            if _left(module):  # what could not be read must not be read again as if it could
+                _put_nan(module)
+                vars(module)["_skiphead"] = left._replace(absent=True)
+        files = sorted({path for _, left in noted for path in left.files})
         raise RuntimeError(
             f"{where} was left on disk and cannot be read from {', '.join(files)} "
             f"({error}). It is needed now: {NEEDED}"
         ) from error
-    size = sum(array.nbytes for *_, weights in noted for array in weights.values())
+    size = sum(array.nbytes for module, _ in noted for array in _arrays(module).values())
     told = f"read from disk, {size / 1e6:.1f} MB"
     if absent:
-        files_size = sum(map(os.path.getsize, paths))
-        names = ", ".join(map(os.path.basename, paths))
-        told = f"fetched with {names}, {files_size / 1e6:.1f} MB"
+        size = sum(map(os.path.getsize, paths))
+        told = f"fetched with {', '.join(map(os.path.basename, paths))}, {size / 1e6:.1f} MB"
     log.warning("%s has been %s: %s", where, told, NEEDED)
 
 
-def _become(module: Any, new: Any) -> None:
-    """Make a module what another one is, for all that hold it: it may be quantized now."""
-    module.__class__ = type(new)
-    for mine, its in ((module, new), (vars(module), vars(new))):
-        dict.clear(mine)
-        dict.update(mine, its)
+def _is_replaced(owner: Any) -> bool:
+    """Whether a module that had dead weights is gone."""
+    mine = (p for p in models() if p.owner() is owner)
+    return any(reference() is None for p in mine for reference in p.dead.values())
+
+
+def _read(family: Family, owner: Any, folder: Path, absent: list[tuple[Any, Left]]) -> None:
+    """Make each module in `absent` what it is in `folder`, for all that hold it.
+
+    It may be quantized then; it has the type that the program has given it meanwhile.
+    """
+    model, _ = sys.modules[LOADING_MODULE].load_model(folder, lazy=True, strict=False)
+    for module, left in absent:
+        new = family.part_of(family.owner_of(model), left.name)
+        kinds = {array.dtype for array in _floats(module)} - {left.kind}
+        if left.kind and len(kinds) == 1:
+            new.set_dtype(kinds.pop())
+        mx.eval(list(_arrays(new).values()))
+        module.__class__ = type(new)
+        for mine, its in ((module, new), (vars(module), vars(new))):
+            dict.clear(mine)
+            dict.update(mine, its)
 
 
 def evaluate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -322,58 +316,6 @@ def evaluate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*trees, **kwargs)
 
 
-def sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of `mlx_lm.utils.sharded_load`: a file of dead weights only need not be there."""
-    _loading.is_open, _loading.part, _loading.model, _loading.unreadable = True, None, None, {}
-    _loading.repo = str(args[0] if args else kwargs.get("repo", ""))
-    try:
-        loaded = wrapped(*args, **kwargs)
-        for error in _loading.unreadable.values():
-            raise error  # there is no pipeline, which would have looked whether it is needed
-        return loaded
-    finally:
-        _loading.is_open, _loading.part, _loading.model, _loading.unreadable = False, None, None, {}
-
-
-def download(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of `mlx_lm.utils._download`: for a rank of a pipeline, the files that it needs.
-
-    Only where `sharded_load` names the files, having split the model.
-    """
-    files = kwargs.get("allow_patterns")
-    if _loading.is_open and _loading.part is not None and files:
-        index = fetching.weight_map(_loading.folder)
-        kwargs = {**kwargs, "allow_patterns": sorted(_loading.part.needed(files, index))}
-    path = wrapped(*args, **kwargs)
-    if _loading.is_open:
-        _loading.folder = os.path.abspath(path)
-    return path
-
-
-def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of `mx.load`: lazy arrays that any thread may evaluate.
-
-    In mlx from 0.32 on an array belongs to the thread that made it, until it is evaluated.
-    """
-    if not (args and isinstance(args[0], str | os.PathLike)):
-        return wrapped(*args, **kwargs)
-    path = os.path.abspath(args[0])
-    _loading.folder = os.path.dirname(path)
-    try:
-        return wrapped(*args, **{**_any_thread(), **kwargs})
-    except Exception as error:
-        if not _loading.is_open:
-            raise
-        _loading.unreadable[path] = error
-        return {}
-
-
-@functools.cache
-def _any_thread() -> dict[str, Any]:
-    make = getattr(mx, "new_thread_unsafe_stream", None)
-    return {"stream": make(mx.cpu)} if make else {}
-
-
 def save(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of `mx.save_safetensors`, which does not write NaN for what no file has.
 
@@ -381,11 +323,10 @@ def save(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         RuntimeError: if it would.
     """
     arrays = {id(value) for _, value in _flat([args, kwargs])}
-    for pipelined in models():
-        for module in filter(None, (reference() for reference in pipelined.dead.values())):
-            left: Left = vars(module)["_skiphead"]
-            if any(id(array) in arrays for array in left.stand_ins.values()):
-                raise RuntimeError(f"{left.where} cannot be saved: {left.files} is not there.")
+    for module in (reference() for p in models() for reference in p.dead.values()):
+        if is_absent(module) and arrays & set(map(id, _arrays(module).values())):
+            left = _left(module)
+            raise RuntimeError(f"{left.where} cannot be saved: {left.files} is not there.")
     return wrapped(*args, **kwargs)
 
 
@@ -431,11 +372,8 @@ def _row(module: str, path: str, wrapper: Any, lost: str) -> Patch:
 
 
 PATCHES = (
-    _row(MLX, "load", load, "a head is read in the thread that has loaded the model"),
     _row(MLX, "eval", evaluate, "every rank reads the head"),
     _row(MLX, "save_safetensors", save, "NaN is saved for weights that are not there"),
-    _row(LOADING_MODULE, "sharded_load", sharded_load, "all files of weights must be there"),
-    _row(LOADING_MODULE, "_download", download, "every rank fetches the files of the head"),
 )
 
 

@@ -68,9 +68,10 @@ _strict = False
 @functools.cache
 def table() -> tuple[Patch, ...]:
     """Every patch, one row each."""
-    from . import agreement, dead_weights, head, loops
+    from . import agreement, dead_weights, fetching, head, loops
 
-    rows = [*head.PATCHES, *agreement.PATCHES, *dead_weights.PATCHES, *loops.PATCHES]
+    parts = (head, agreement, fetching, dead_weights, loops)
+    rows = [row for part in parts for row in part.PATCHES]
     for family in FAMILIES:
         if not family.is_alias:
             rows += [*head.patches(family), *dead_weights.patches(family)]

@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import sys
 import urllib.request
 
@@ -19,6 +20,7 @@ for name in ("HF_HOME", "HF_ENDPOINT"):
     os.environ[name] = os.environ[name].replace("RANK", str(ranks.rank()))
 
 import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
 
 import mlx_lm_skiphead  # noqa: E402
 
@@ -45,6 +47,22 @@ def direct(model, group):
     said.clear()
     out = model(mx.array([PROMPT]))
     return {"numbers": out[0, -1, :8].tolist(), "width": out.shape[-1], "said": list(said)}
+
+
+def recast(model, group):
+    """A direct call in another type, which what is read for it gets too."""
+    model.set_dtype(mx.float16)
+    told = [generate(model)]
+    if "ALL_FILES" in os.environ:  # they come only now
+        shutil.copytree(os.environ["ALL_FILES"], repo(group), dirs_exist_ok=True)
+    return [*told, direct(model, group)["numbers"], str(model.model.norm.weight.dtype)]
+
+
+def quantized(model, group):
+    """A worker's head made from weights that are not here must not be used."""
+    if isinstance(model.lm_head, nn.Linear):  # rank 0's is quantized in its file
+        model.lm_head = model.lm_head.to_quantized(group_size=32)
+    return [generate(model), errors(model, group)]
 
 
 def inner(model, group):
@@ -100,6 +118,10 @@ def left(model=None, group=None):
 
 def text(model, group):
     return str(mlx_lm_skiphead.status().models[-1])
+
+
+def repo(group):
+    return os.environ["FOLDER"].replace("RANK", str(group.rank()))
 
 
 def main(tasks):

@@ -110,6 +110,7 @@ def unpatched(hub, count, caches) -> list[Any]:
         {"repo": "tiny/untied", "then": ["direct", "inner"]},
         {"repo": "tiny/tied", "then": ["direct", "inner"]},
         *CAST,
+        {"repo": "tiny/untied", "then": ["recast"]},
     ).results
 
 
@@ -140,7 +141,7 @@ def files(numbers: str) -> list[str]:
 
 
 def test_what_is_fetched(count, unpatched, plugin):
-    for rank, ((untied, tied, *cast), (cold, warm, warm_tied, *cold_cast)) in enumerate(
+    for rank, ((untied, tied, *cast, _), (cold, warm, warm_tied, *cold_cast)) in enumerate(
         zip(unpatched, plugin, strict=True)
     ):
         assert untied["asked"] == paths("untied", UNPATCHED[count][rank])
@@ -221,14 +222,22 @@ def test_a_folder_without_those_files(hub, unpatched, count, tmp_path):
         for number in "1234":
             if number not in numbers:
                 (tmp_path / str(rank) / FILES[int(number) - 1]).unlink()
-    task = {"repo": f"{tmp_path}/RANK", "then": ["errors"]}
-    told = start(hub, count, tmp_path / "cache", task, MLX_LM_SKIPHEAD="1").results
-    for rank, ((plain, *_), (mine,)) in enumerate(zip(unpatched, told, strict=True)):
+    folder = f"{tmp_path}/RANK"
+    tasks = [{"repo": folder, "then": [what]} for what in ("errors", "quantized", "recast")]
+    environment = {"ALL_FILES": str(hub.root / "untied"), "FOLDER": folder}
+    told = start(hub, count, tmp_path / "cache", *tasks, MLX_LM_SKIPHEAD="1", **environment).results
+    for rank, ((plain, *_, plain_recast), (mine, quantized, recast)) in enumerate(
+        zip(unpatched, told, strict=True)
+    ):
         assert mine["tokens"] == plain["tokens"]
         (errors,) = mine["then"]
         assert len(errors) == 2 * bool(rank)
         for error in errors:
             assert str(tmp_path / str(rank) / FILES[3]) in error and "hf download" not in error
+        ((tokens, errors),) = quantized["then"]
+        assert tokens == plain["tokens"] and len(errors) == 2 * bool(rank)
+        assert all("made (quantized, fused) from weights that are not here" in e for e in errors)
+        assert recast["then"] == plain_recast["then"]
 
 
 def test_hidden(hub, tmp_path):
