@@ -117,6 +117,8 @@ class _Speculation:
         Waits for the share, as upstream does next.
         """
         share = self._run.shares[-1]
+        if self._run.failure is not None:  # a worker's, after it had shared
+            self._run.shares[-1] = share._replace(key=self._run.key)
         drafts = [row[share.size + 1 :] for row in share.rows()]
         self._run.check(in_flight=0)
         if any(draft != drafts[0] for draft in drafts):

@@ -96,7 +96,7 @@ class Run:
         self._is_sampling = False
         self._calls = ""
         """What of the program's is being called, if anything."""
-        self._key: mx.array | None = None
+        self.key: mx.array | None = None
         """Of `mx.random`, when the step began or when this rank failed in it."""
         self._given: mx.array | None = None
         """What a worker got from the last share."""
@@ -135,7 +135,7 @@ class Run:
         elif self.sent:
             self.sent.clear()
         if not self._is_sampling and self.failure is None:
-            self._key = _random_key()
+            self.key = _random_key()
 
     def share(self, tokens: mx.array, compare: mx.array | None = None) -> mx.array:
         """Give every rank the ids that rank 0 sampled: the token share.
@@ -178,7 +178,7 @@ class Run:
         args, kwargs = self.broadcast
         # On the stream that upstream's sends and receives take too: their order is the protocol.
         everyone = self.last = mx.distributed.all_gather(mine, *args, **kwargs)
-        self.shares.append(Share(everyone, size, mine.size, self._key))
+        self.shares.append(Share(everyone, size, mine.size, self.key))
         if failed:
             self._settle(self.shares[-1])
         self._steps, self._batch = self._steps + 1, size
@@ -222,7 +222,7 @@ class Run:
                     return function(*args)
             except BaseException as error:
                 if self.failure is None:
-                    self.failure, self._key = error, _random_key()
+                    self.failure, self.key = error, _random_key()
                 return otherwise(*args)
             finally:
                 self._is_sampling = before

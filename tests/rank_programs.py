@@ -1,7 +1,8 @@
 """Run by test_programs.py as a rank: programs that people run, one after another.
 
-Its arguments are folders of checkpoints, an untied one and a tied one. A program reports what a
-user sees of it on this rank; with the plugin that must be what it is without it.
+Its arguments are folders of checkpoints: an untied one, a tied one, and one of qwen3_next. A
+program reports what a user sees of it on this rank; with the plugin that must be what it is without
+it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import ranks
 import tiny_models
+from mlx_lm.models.base import create_attention_mask  # noqa: F401 (STAGE uses it)
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
@@ -27,7 +29,7 @@ from mlx_lm.utils import load_model, save_model, sharded_load
 from mlx_lm_skiphead import rank_zero_head, share_tokens
 
 loops = importlib.import_module("mlx_lm.generate")
-UNTIED, TIED = map(Path, sys.argv[1:3])
+UNTIED, TIED, NEXT = map(Path, sys.argv[1:4])
 PROMPT = tiny_models.PROMPTS[1]
 GROUP = mx.distributed.init()
 RANK = GROUP.rank()
@@ -132,6 +134,35 @@ def speculation(drafts, **options):
     told = [[token, from_draft] for token, _, from_draft in steps]
     mx.synchronize(loops.generation_stream)
     return [told, mx.random.uniform().item(), tokens(model)]
+
+
+def failing_speculation():
+    """A sampler that raises at each of a step's calls, beside a processor that draws numbers."""
+    model, draft, told = load(), tiny_models.make("glm4_moe"), []
+    for at in range(7):
+        mx.random.seed(7)
+        calls, seen = itertools.count(), []
+
+        def sampler(logprobs, at=at, calls=calls):
+            if next(calls) == at:
+                raise ValueError(f"call {at}")
+            return mx.argmax(logprobs, axis=-1)
+
+        try:
+            for token, *_ in loops.speculative_generate_step(
+                mx.array(PROMPT),
+                model,
+                draft,
+                max_tokens=9,
+                sampler=sampler,
+                logits_processors=[lambda _, logits: logits + mx.random.normal(logits.shape)],
+            ):
+                seen.append(token)
+        except ValueError as error:
+            seen.append(str(error))
+        mx.synchronize(loops.generation_stream)
+        told.append([seen, mx.random.uniform().item()])
+    return told
 
 
 def forced():
@@ -365,6 +396,49 @@ def weights():
     return told
 
 
+def no_group():
+    """`sharded_load` splits some families by itself."""
+    model = sharded_load(str(NEXT))[0]
+    size = model.model.pipeline_size
+    return [size, tokens(model), tokens(model, sampler=make_sampler(0.8)), direct(model)]
+
+
+STAGE = """
+def call(self, inputs, cache=None, input_embeddings=None):
+    h, rank = self.embed_tokens(inputs), self.pipeline_rank
+    cache = cache or [None] * len(self.pipeline_layers)
+    mask = create_attention_mask(h, cache[0])
+    if rank < self.pipeline_size - 1:
+        h = mx.distributed.recv_like(h, rank + 1)
+    for layer, of_layer in zip(self.pipeline_layers, cache):
+        h = layer(h, mask, of_layer)
+    if rank:
+        h = mx.distributed.send(h, rank - 1)
+        if cache[-1] is not None:
+            cache[-1].keys = mx.depends(cache[-1].keys, h)
+    h = BROADCAST[: h.shape[0]]
+    return self.norm(h)
+"""
+GATHER = "mx.distributed.all_gather"
+BROADCASTS = {
+    "as usual": f"{GATHER}(h)",
+    "a group": f"{GATHER}(h, group=GROUP)",
+    "a stream": f"{GATHER}(h, stream=mx.cpu)",
+    "twice": f"{GATHER}({GATHER}(h)[: h.shape[0]])",  # which is left to upstream
+}
+
+
+def stages_of_their_own():
+    """Pipelined models with a ``__call__`` of their own under the usual `Model`, as GLM-5.2's."""
+    told = []
+    for broadcast in BROADCASTS.values():
+        model, names = lazy(), {**globals()}
+        exec(STAGE.replace("BROADCAST", broadcast), names)
+        model.model.__class__ = type("Stage", (type(model.model),), {"__call__": names["call"]})
+        told += [tokens(model), direct(model), tokens(model, sampler=make_sampler(0.8))]
+    return told
+
+
 def small():
     step = pickle.loads(pickle.dumps(loops.generate_step))
     return [step is loops.generate_step]
@@ -380,6 +454,7 @@ PROGRAMS = {
     "speculation, counting": lambda: speculation(2, logits_processors=[Counting()]),
     "speculation, 5 drafts": lambda: speculation(5, logits_processors=[Counting()]),
     "speculation, own key": lambda: speculation(2, sampler=OwnKey()),
+    "speculation fails": failing_speculation,
     "speculation by value": lambda: speculation(2, sampler=Surprised()),
     "forced": forced,
     "two batches": lambda: two_batches(False),
@@ -393,10 +468,12 @@ PROGRAMS = {
     "telemetry": telemetry,
     "pair": pair,
     "weights": weights,
+    "no group": no_group,
+    "stages of their own": stages_of_their_own,
     "small": small,
 }
 told = {}
-for name in sys.argv[3:] or PROGRAMS:
+for name in sys.argv[4:] or PROGRAMS:
     try:
         told[name] = PROGRAMS[name]()
     except Exception as error:

@@ -17,7 +17,7 @@ BY_VALUE = "speculation by value"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     made = []
-    for case in ("qwen2-untied", "ministral3-tied"):
+    for case in ("qwen2-untied", "ministral3-tied", "qwen3_next-untied"):
         made.append(tmp_path_factory.mktemp("model"))
         tiny_checkpoint.write(case, made[-1])
     return [str(folder) for folder in made]
