@@ -1,4 +1,4 @@
-"""Run by test_loop.py, as a rank or alone: one script, a scenario by name; reports what it saw."""
+"""Run by test_loop.py, as a rank or alone: scenarios by name, in turn; reports what each saw."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_lm_skiphead
 from mlx_lm_skiphead.cli.measure import count_heads
+from mlx_lm_skiphead.config import requested_mode
 
 generate = importlib.import_module("mlx_lm.generate")
 early_generate_step = generate.generate_step
-
-# These end with a loop of upstream's, which returns with a step in flight: a rank that exits then
-# takes it from the others. The wrapped loop waits for it, so the other scenarios do not.
-LEAVE_A_STEP_IN_FLIGHT = ("guard_alone", "uninstalled_midway", "not_ours", "cancelled")
 
 
 class Pipeline:
@@ -51,8 +48,10 @@ def guard_alone():
 
     pipeline = Pipeline()
     right = pipeline.tokens()
-    deepseek_v3.Model.__call__ = guarded
-    return {"upstream": right, "guard alone": pipeline.tokens()}
+    upstream, deepseek_v3.Model.__call__ = deepseek_v3.Model.__call__, guarded
+    told = {"upstream": right, "guard alone": pipeline.tokens()}
+    deepseek_v3.Model.__call__ = upstream
+    return told
 
 
 def short_requests():
@@ -317,7 +316,10 @@ def penalties():
 
 
 def counted():
-    """Collectives and calls of samplers and processors, unpatched and with the plugin, in turn."""
+    """Collectives and calls of samplers and processors, unpatched and with the plugin, in turn.
+
+    The last one: it leaves what counts in its place.
+    """
     mlx_lm_skiphead.uninstall()
     counts = {"collectives": 0, "samplers": 0, "processors": 0}
 
@@ -449,12 +451,20 @@ def killed():
         batch.next_generated()
 
 
-def main(scenario: str, *_: str) -> None:
-    told = globals()[scenario]()
-    if scenario in LEAVE_A_STEP_IN_FLIGHT:
+def main(*scenarios: str) -> None:
+    if scenarios[0] == "killed":
+        killed()
+    mode = requested_mode()
+    told = {}
+    for scenario in scenarios:
+        mlx_lm_skiphead.uninstall() if mode == "off" else mlx_lm_skiphead.install(mode)
+        mx.random.seed(0)
+        told[scenario] = globals()[scenario]()
+        # A loop of upstream's returns with a step in flight: a rank that goes on then would take it
+        # from the others. The wrapped loop waits for it.
         mx.synchronize(generate.generation_stream)
     ranks.report(told)
-    if scenario in ("in_a_thread", "two_models"):
+    if {"in_a_thread", "two_models"} & {*scenarios}:
         # mlx aborts now and then where a thread that generated ends before its process, with or
         # without the plugin; the server's never does.
         os._exit(0)

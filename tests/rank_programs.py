@@ -26,6 +26,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_lm.utils import load_model, save_model, sharded_load
 
+import mlx_lm_skiphead
 from mlx_lm_skiphead import rank_zero_head, share_tokens
 
 loops = importlib.import_module("mlx_lm.generate")
@@ -396,6 +397,21 @@ def weights():
     return told
 
 
+def quantized_in_a_thread():
+    """Whose arrays no other thread can compute; `uninstall()` does not try to."""
+    model, mode = load(), mlx_lm_skiphead.status().mode
+
+    def quantize():
+        nn.quantize(model, group_size=32)
+        return tokens(model)
+
+    told = in_thread(quantize)
+    mlx_lm_skiphead.uninstall()
+    if mode != "off":
+        mlx_lm_skiphead.install(mode)
+    return told
+
+
 def no_group():
     """`sharded_load` splits some families by itself."""
     model = sharded_load(str(NEXT))[0]
@@ -468,6 +484,7 @@ PROGRAMS = {
     "telemetry": telemetry,
     "pair": pair,
     "weights": weights,
+    "quantized in a thread": quantized_in_a_thread,
     "no group": no_group,
     "stages of their own": stages_of_their_own,
     "small": small,

