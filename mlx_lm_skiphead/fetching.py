@@ -181,16 +181,18 @@ def fetch(repo: str, paths: list[str]) -> None:
     folder, names = Path(paths[0]).parent, [Path(path).name for path in paths]
     # The hub's cache has a folder for each commit, and a newer one may have other weights.
     commit = folder.name if folder.parent.name == "snapshots" else None
-    error = None
+    error, upstream = None, sys.modules[LOADING_MODULE]
     try:
-        sys.modules[LOADING_MODULE]._download(repo, commit, names)
+        upstream._download(repo, commit, names)
     except Exception as why:  # whatever a hub's client raises
         error = why
     if not all(map(os.path.exists, paths)):
         hint = "it is not there or cannot be opened"
         if not os.path.exists(repo):
             revision = f"--revision {commit} " if commit else ""
-            hint = f"it is not there; `hf download {repo} {revision}{' '.join(names)}` brings it"
+            is_modelscope = upstream.snapshot_download.__module__.startswith("modelscope")
+            command = "modelscope download --model" if is_modelscope else "hf download"
+            hint = f"it is not there; `{command} {repo} {revision}{' '.join(names)}` brings it"
         raise FileNotFoundError(hint) from error
 
 

@@ -240,6 +240,48 @@ def test_a_folder_without_those_files(hub, unpatched, count, tmp_path):
         assert recast["then"] == plain_recast["then"]
 
 
+MODELSCOPE = """
+import fnmatch, os, pathlib, shutil
+
+def snapshot_download(repo, revision=None, allow_patterns=None):
+    assert revision is None
+    if os.environ["MLX_RANK"] == "1" and os.path.exists(os.environ["GONE"]):
+        raise OSError("no network")
+    folder = pathlib.Path(os.environ["FOLDER"].replace("RANK", os.environ["MLX_RANK"]), repo)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in pathlib.Path(os.environ["ALL_FILES"]).iterdir():
+        if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+            shutil.copy(file, folder)
+    return str(folder)
+"""
+
+
+def test_modelscope(hub, unpatched, count, tmp_path):
+    """By a client in its place, called as mlx-lm calls it."""
+    (tmp_path / "package" / "modelscope").mkdir(parents=True)
+    (tmp_path / "package" / "modelscope" / "__init__.py").write_text(MODELSCOPE)
+    path = os.environ.get("PYTHONPATH")
+    told = start(
+        hub,
+        count,
+        tmp_path / "cache",
+        {"repo": "tiny/untied", "then": ["modelscope_gone", "direct"]},
+        **{"MLX_LM_SKIPHEAD": "1", "MLXLM_USE_MODELSCOPE": "True"},
+        **{"ALL_FILES": str(hub.root / "untied"), "FOLDER": f"{tmp_path}/RANK"},
+        GONE=str(tmp_path / "gone"),
+        PYTHONPATH=os.pathsep.join([str(tmp_path / "package"), *([path] if path else [])]),
+    ).results
+    for rank, ((plain, *_), (mine,)) in enumerate(zip(unpatched, told, strict=True)):
+        assert mine["tokens"] == plain["tokens"] and mine["asked"] == []
+        left = "".join(n for n in "14" if n not in PLUGIN["untied"][count][rank])
+        assert mine["left"] == [files(left)]
+        errors, direct = mine["then"]
+        assert direct["numbers"] == plain["then"][0]["numbers"]
+        assert len(errors) == 2 * (rank == 1)
+        command = f"modelscope download --model tiny/untied {FILES[3]}"
+        assert all(command in error for error in errors)
+
+
 def test_hidden(hub, tmp_path):
     """A worker gives final hidden states, of the norm. And `uninstall()` of a tied model."""
     tasks = [
