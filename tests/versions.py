@@ -18,7 +18,7 @@ VERSIONS = {"0.31.3": "0.31.2", "0.32.0": "0.32.2", "0.32.1": "0.32.4", "0.32.2"
 """Of mlx-lm, each with an mlx that fits: 0.32.1 needs a newer one than it says."""
 
 PROJECT = Path(__file__).resolve().parents[1]
-TESTS = ("test_switch.py", "test_families.py", "test_loop.py", "test_agreement.py")
+TESTS = ("switch", "families", "loop", "agreement", "fetch")
 CACHE = Path(
     os.environ.get("MLX_LM_SKIPHEAD_TEST_CACHE") or Path.home() / ".cache" / "mlx-lm-skiphead-tests"
 )
@@ -55,7 +55,13 @@ def main(versions: list[str]) -> int:
     for version in versions:
         start = time.monotonic()
         done = subprocess.run(
-            [environment(version), "-m", "pytest", "-q", *(PROJECT / "tests" / t for t in TESTS)],
+            [
+                environment(version),
+                "-m",
+                "pytest",
+                "-q",
+                *(PROJECT / "tests" / f"test_{t}.py" for t in TESTS),
+            ],
             cwd=CACHE,  # not the project's folder: what is installed is tested
             capture_output=True,
             text=True,
