@@ -2,6 +2,9 @@
 
 With ``MLX_LM_SKIPHEAD=1`` in the environment of every rank, importing this package before or
 after mlx-lm is all. See `install` for switching it on in code, and README.md.
+
+To read the code, begin with families.py, head.py, sharing.py, loops.py and dead_weights.py, in this
+order. installing.py puts the one table of patches together from them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from .registry import SkipheadError
     from .sharing import rank_zero_head, share_tokens
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "SkipheadError",
     "Status",

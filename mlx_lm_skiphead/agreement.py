@@ -5,6 +5,9 @@ A rank with the plugin beside one without would wait in other collectives, for e
 adds more than one to it, and sees from the sum who did not. Only where all have the plugin do they
 exchange what they have in another collective; and the type of the hidden states, which a rank that
 has no embedding cannot know.
+
+Not looked at: a model that a program splits by its own ``model.model.pipeline(group)``. There
+``mlx-lm-skiphead doctor`` under ``mlx.launch`` compares the ranks.
 """
 
 from __future__ import annotations

@@ -2,9 +2,16 @@
 
 mlx-lm loads lazily: a weight is read when something evaluates it, and what evaluates them all is
 ``mx.eval(model.parameters())``. So when a pipeline is set up, the modules whose weights this rank
-never uses are noted: a worker's head, and the embedding of a rank that embeds nothing. `mx.eval`
-leaves out their weights as long as they are lazy arrays of a file. They stay in the model, and
-whatever really uses them gets them, since a lazy array is a valid one.
+never uses are noted: a worker's head, and the embedding of every rank but the last, which embeds
+the tokens. (Where the embedding is the head too, tied, rank 0 keeps it as well.) `mx.eval` leaves
+out their weights as long as they are lazy arrays of a file. They stay in the model, and whatever
+really uses them gets them, since a lazy array is a valid one: `set_dtype`, adapters, saving,
+pickling and copying work as upstream. Weights that somebody recasts are evaluated, and take memory,
+as upstream.
+
+What needs them reads them once, in any thread: a direct call of the model, saving it, or a loop
+that was imported by name before the plugin. A call says so in the log. This also holds after
+`uninstall`. A model that was loaded eagerly, as `mlx_lm.load` does, keeps everything.
 
 A file that has nothing else need not be there (`fetching`), and then also a worker's final norm may
 be in it. NaN takes the place of what is not there, until a direct call of the model needs it.

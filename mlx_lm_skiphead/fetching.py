@@ -3,6 +3,11 @@
 mlx-lm's `sharded_load` lets each rank fetch the files of its layers and every file with a weight
 outside the layers. Of these a rank needs none that has only what it never uses. Where this cannot
 tell what a weight is, its file is fetched.
+
+An example: three ranks and four files, with the embedding in the first, norm and head in the last,
+and layers in all. Rank 0 fetches files 3 and 4 (unpatched also 1, which it needs only if head and
+embedding are tied), rank 1 fetches 2 and 3 (unpatched all), rank 2 fetches 1 and 2 (unpatched also
+4). In mode "hidden" workers use the norm, and so fetch file 4 too.
 """
 
 from __future__ import annotations

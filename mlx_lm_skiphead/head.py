@@ -2,7 +2,10 @@
 
 Upstream's own code runs, unchanged and to its end. In a run the hidden broadcast is replaced by
 what it was given, on all ranks; and on a worker the logits by NaN of the same shape and type. So
-nobody asks for a worker's head, and MLX never computes it.
+nobody asks for a worker's head, and MLX never computes it: it is lazy. NaN takes no memory, and a
+number that was never computed does not look like one.
+
+Outside a run a call of the model is upstream's, with a head on every rank.
 """
 
 from __future__ import annotations

@@ -7,6 +7,11 @@
 
 It is upstream's loop that runs, each time, with its steps built inside a `Run`, and with samplers
 whose ids are rank 0's. Not touched: a loop that was imported by name before the plugin.
+
+Samplers and logits processors run on every rank, as upstream, so that what they keep, and
+`mx.random`, stay in step. What they raise on all ranks, each rank raises as upstream would; what
+only rank 0's raise, since they saw the values of logits, all ranks raise one token later, workers
+as a `RuntimeError`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,11 @@ in its ``with`` block, the model's hidden broadcast is left out and a worker's l
 (head.py). Samplers and logits processors run on every rank, as upstream; `Run.share` then puts
 rank 0's ids in the place of what each rank sampled, and MLX never computes what nobody uses.
 
+To skip the head without sharing the ids would be wrong: every rank would sample from its own
+logits, and the rank that embeds the next token is the last, not rank 0. The share takes the place
+of the hidden broadcast: as many collectives as upstream, and smaller. What a worker adds to it
+waits for its own send to the next rank, and so makes it happen.
+
 Words: the *head rank* is rank 0, which runs the last layers and the head; a *worker* is any other
 rank; the *hidden broadcast* is the ``all_gather`` by which upstream gives all ranks the input of
 the head.

@@ -1,7 +1,7 @@
 """A watch: where a step does not end, this rank says so once, and what it waits for.
 
 One thread for a process looks at what is under way. It is started by the first step of a pipelined
-model, and never where ``MLX_LM_SKIPHEAD_WATCH`` is ``0``.
+model, and never where ``MLX_LM_SKIPHEAD_WATCH`` is ``0``. Not watched: a loop of the user's own.
 """
 
 from __future__ import annotations

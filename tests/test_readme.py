@@ -12,7 +12,29 @@ import tiny_models
 from mlx_lm_skiphead import config
 from mlx_lm_skiphead.cli import families
 
-README = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+
+
+def test_it_is_short_and_a_package_index_can_show_it() -> None:
+    lines = README.splitlines()
+    assert len(lines) < 220
+    assert max(map(len, lines)) <= 110
+    assert not re.search(r"!\[|<img", README)  # a relative picture would be broken there
+
+
+@pytest.mark.parametrize("name", ["README.md", ".github/MEASUREMENTS.md", ".github/CHANGELOG.md"])
+def test_links_lead_to_files_and_sections(name: str) -> None:
+    file = ROOT / name
+    for target in re.findall(r"\]\(([^)]+)\)", file.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, section = target.partition("#")
+        linked = file.parent / path if path else file
+        assert linked.is_file(), target
+        if section:
+            headings = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert section in [h.lower().replace(" ", "-") for h in headings], target
 
 
 def test_the_table_of_families_is_the_one_in_the_code() -> None:
