@@ -88,6 +88,7 @@ class _Speculation:
 
     def __init__(self, run: Run, sampler: Sampling) -> None:
         self._run = run
+        run.fails_at_once = False  # some ranks have shared then, and in drafting none can
         self._sampler = run.sampler(sampler)
         self._tokens = mx.array([], mx.uint32)
         """Of this step: on rank 0 what it has sampled, on a worker what it has yet to give out."""

@@ -105,6 +105,10 @@ class Run:
         """Of `mx.random`, when the step began or when this rank failed in it."""
         self._given: mx.array | None = None
         """What a worker got from the last share."""
+        self._early: mx.array | None = None
+        """Of this step, where a failure has shared it already."""
+        self.fails_at_once = True
+        """Whether what all ranks raise leaves at that call, as upstream, or at the step's share."""
         self._steps = 0
         self._batch = 0
         self._has_warned = False
@@ -139,8 +143,9 @@ class Run:
             mx.async_eval(self.sent)  # type: ignore[no-untyped-call]
         elif self.sent:
             self.sent.clear()
-        if not self._is_sampling and self.failure is None:
-            self.key = _random_key()
+        if not self._is_sampling:
+            self._early = None
+            self.key = self.key if self.failure else _random_key()
 
     def share(self, tokens: mx.array, compare: mx.array | None = None) -> mx.array:
         """Give every rank the ids that rank 0 sampled: the token share.
@@ -157,6 +162,9 @@ class Run:
         Returns:
             Rank 0's ids on every rank, in the shape and type of `tokens`.
         """
+        if self._early is not None:
+            early, self._early = self._early, None
+            return early.reshape(tokens.shape).astype(tokens.dtype)
         if not self.sent:
             raise RuntimeError(
                 "A loop of mlx-lm sampled without a step of its pipelined model: another patch has "
@@ -213,9 +221,10 @@ class Run:
     def _guarded(self, function: Sampling, otherwise: Sampling) -> Sampling:
         """`function`; if it raises, a `failure`, and what `otherwise` gives.
 
-        The other ranks must not wait for what never comes: the step is finished first. What comes
-        after a failure is not called on rank 0, as upstream; a worker's failure may be its own (it
-        looked at NaN), and what counts calls must count them all the same.
+        The other ranks must not wait for what never comes: the step is shared first. If all have
+        failed, the error goes on. What comes after a failure is not called on rank 0, as upstream;
+        a worker's failure may be its own (it looked at NaN), and what counts calls must count them
+        all the same.
         """
 
         def call(*args: mx.array) -> mx.array:
@@ -228,6 +237,8 @@ class Run:
             except BaseException as error:
                 if self.failure is None:
                     self.failure, self.key = error, _random_key()
+                if self.fails_at_once and self.sent:
+                    self._early = self.share(mx.zeros(self.sent[-1].shape[:1], mx.uint32))
                 return otherwise(*args)
             finally:
                 self._is_sampling = before
