@@ -146,16 +146,13 @@ def _count_hosts(hostfile: Path) -> int:
 
 
 def _ranks(arguments: argparse.Namespace, count: int, folder: Path, planned: Plan | None) -> Ranks:
-    task = {
+    task: dict[str, Any] = {
+        **{name: getattr(arguments, name) for name in ("tokens", "rounds", "cores", "head_passes")},
         "model": str(folder),
         "cases": [(b, p) for p in arguments.prompt for b in arguments.batch],
-        "tokens": arguments.tokens,
-        "rounds": arguments.rounds,
-        "cores": arguments.cores,
-        "head_passes": arguments.head_passes,
-        "plan": planned.row * max(arguments.batch) if planned else 0,
-        "prompt": None,
     }
+    if planned is not None:
+        task["plan"] = planned.row * max(arguments.batch)
     backend, gpus = arguments.backend, arguments.gpus
     if arguments.hostfile is not None:
         return host_ranks(arguments.hostfile, count, task, arguments.starting_port, backend)

@@ -66,9 +66,6 @@ def run(arguments: argparse.Namespace) -> int:
                 "cases": [(BATCH, PROMPT)],
                 "tokens": arguments.max_tokens,
                 "rounds": ROUNDS,
-                "cores": None,
-                "head_passes": 1,
-                "plan": 0,
                 "prompt": arguments.prompt,
             }
             is_mpi = arguments.backend == "mpi"

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import uninstall
 from ..families import Family
 from .arguments import Unusable
 
@@ -65,6 +64,7 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
     """
     import mlx_lm.utils
 
+    from .. import uninstall
     from .measure import family_of
 
     uninstall()  # so that this is mlx-lm's own split

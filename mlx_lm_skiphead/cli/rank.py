@@ -50,8 +50,8 @@ def main() -> None:
     if task.get("ends_with_input", True) and not (over_mpi and launched_rank()):
         threading.Thread(target=_end_with_input, daemon=True).start()
     try:
-        if task["cores"] is not None:
-            os.sched_setaffinity(0, task["cores"][launched_rank() or 0])
+        if cores := task.get("cores"):
+            os.sched_setaffinity(0, cores[launched_rank() or 0])
         if over_mpi:  # `strict`, or each rank would be alone where MLX does not find the library
             group = mx.distributed.init(strict=True, backend="mpi")
         else:
@@ -77,10 +77,10 @@ class Measurement:
     Args:
         task: ``model``: a folder or a repository. ``cases``: a list of batch size and prompt
             length. ``tokens``: to generate each time, or None for as many as take `SECONDS`.
-            ``rounds``: how many. ``cores``: by rank, or None. ``head_passes``: how often workers
-            compute each head, which stands for machines that are slower at it. ``plan``: 0, or the
-            bytes of hidden states with which to measure what `plan.token` needs. ``prompt``: None,
-            or a text to answer.
+            ``rounds``: how many. And these, which may be missing: ``cores``, by rank;
+            ``head_passes``, how often workers compute each head, to simulate slower machines;
+            ``plan``, the bytes of hidden states with which to measure what `plan.token` needs;
+            ``prompt``, a text to answer.
         group: of all ranks.
     """
 
@@ -132,7 +132,7 @@ class Measurement:
                     warm = self._generate(case, task["tokens"] or FEWEST)
                     tokens.append(task["tokens"] or self._agreed(warm["ms_per_token"]))
                 peak[way] = mx.get_peak_memory()
-                if task["prompt"] is not None:
+                if "prompt" in task:
                     say(step=f"answering, {way}")
                     answers[way] = self._answer()
             for done in range(task["rounds"]):
@@ -143,7 +143,7 @@ class Measurement:
                         say(step=f"round {done + 1} of {task['rounds']}, {_named(case)}")
                         measured = self._generate(case, length)
                         say(measured={"case": case, "way": way, **measured})
-                if task["plan"]:
+                if "plan" in task:
                     say(step=f"round {done + 1} of {task['rounds']}, links and ranks alone")
                     links.append(self._link())
                     times.append([self._alone(case) for case in cases])
@@ -153,7 +153,7 @@ class Measurement:
             result["layers"] = [self.stage.start_idx, self.stage.end_idx]
             result["head_bytes"] = size_of(self.head)
             result["downloads"] = downloads.of_rank(locate(task["model"]), self.model, self.family)
-        if task["plan"]:
+        if links:
             latency, rate = map(statistics.median, zip(*links, strict=True))
             result["link"] = latency, rate if rate < math.inf else None
             result["times"] = [
@@ -163,7 +163,7 @@ class Measurement:
         return result
 
     def _slower_heads(self) -> AbstractContextManager[None]:
-        passes = self.task["head_passes"]
+        passes = self.task.get("head_passes", 1)
         if passes == 1 or self.group.rank() == 0:
             return nullcontext()
 
