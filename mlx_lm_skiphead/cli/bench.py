@@ -60,19 +60,38 @@ def add_command(commands: Any) -> None:
     option("model", metavar="MODEL", help="a folder, or a hub repository in the cache")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("-n", dest="ranks", type=size, metavar="N", help="N ranks on this machine")
-    where.add_argument("--hostfile", type=Path, metavar="FILE", help="ranks on these machines")
-    option("--starting-port", type=size, default=32323, metavar="P", help="with FILE (32323)")
+    where.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="ranks on the machines of an mlx.launch file"
+    )
+    option(
+        "--starting-port",
+        type=size,
+        default=32323,
+        metavar="P",
+        help="with --hostfile, the first port that the ranks use (32323)",
+    )
     option("--backend", choices=("ring", "mpi"), default="ring", help="of MLX (ring)")
     option("--batch", type=sizes, default=[1], metavar="B,...", help="batch sizes (1)")
     option("--prompt", type=sizes, default=[8], metavar="L,...", help="prompt lengths (8)")
-    option("--tokens", type=size, metavar="N", help="per generation (what takes 2 s, 8 to 64)")
-    option("--rounds", type=size, default=7, metavar="N", help="6 or more for 95 %% confidence (7)")
-    option("--cores", type=indices_by_rank, metavar="C;C;...", help="of each rank, as in 0,1;2,3")
+    option(
+        "--tokens",
+        type=size,
+        metavar="N",
+        help="tokens of each generation (as many as take 2 s, from 8 to 64)",
+    )
+    option("--rounds", type=size, default=7, metavar="N", help="6 give 95 %% confidence (7)")
+    option(
+        "--plan",
+        action="store_true",
+        help="also measure links and each rank alone, and predict times from that as `plan` does",
+    )
+    option = parser.add_argument_group("to arrange ranks on this machine").add_argument
+    option("--cores", type=indices_by_rank, metavar="C;C;...", help="of each rank, as in '0,1;2,3'")
     option("--gpus", type=indices, metavar="G,G,...", help="CUDA device of each rank, as in 0,1")
-    option("--head-passes", type=size, default=1, metavar="K", help="a worker runs K heads (1)")
-    option("--link-delay", type=size, default=0, metavar="MS", help="with -n, of each message (0)")
-    option("--link-rate", type=size, default=0, metavar="MBIT", help="with -n, Mbit/s of each rank")
-    option("--plan", action="store_true", help="also predict times, from measured links and ranks")
+    option("--head-passes", type=size, default=1, metavar="K", help="workers run a head K times")
+    option("--link-delay", type=size, default=0, metavar="MS", help="added to each message")
+    option("--link-rate", type=size, default=0, metavar="MBIT", help="Mbit/s that each rank sends")
+    option = parser.add_argument_group("output").add_argument
     option("--plot", type=Path, metavar="FILE.png", help="draw the result (needs matplotlib)")
     option("--json", action="store_true", help="print one JSON document, and nothing else")
     parser.set_defaults(run=run)

@@ -169,9 +169,9 @@ def add_command(commands: Any) -> None:
     option(
         "--split", type=sizes, metavar="A,B,...", help="layers of each rank, rank 0 first (even)"
     )
-    option("--bandwidth", type=numbers, metavar="GB/S,...", help="of the memory of each machine")
-    option("--memory", type=numbers, metavar="GB,...", help="for weights, of each machine")
-    option("--link", type=numbers, metavar="GBIT/S[,MS]", help="rate of each port, and latency")
+    option("--bandwidth", type=numbers, metavar="GB/S,...", help="memory bandwidth of each rank")
+    option("--memory", type=numbers, metavar="GB,...", help="memory of each rank for weights")
+    option("--link", type=numbers, metavar="GBIT/S[,MS]", help="rate and latency of each link")
     option("--batch", type=sizes, default=[1], metavar="B,...", help="batch sizes (1)")
     option("--fetch-headers", action="store_true", help="get the headers of MODEL from the hub")
     option("--json", action="store_true", help="print one JSON document, and nothing else")

@@ -141,7 +141,8 @@ def _throughput(exchange: Callable[[int], float], latency: float) -> float:
     """MB/s: the highest of three transfers that take long enough to count."""
     size, fastest, left = LEAST_BYTES, 0.0, 3
     while left:
-        seconds = max(1e-6, exchange(size) - 2 * latency / 1000)
+        elapsed = exchange(size)
+        seconds = elapsed - min(2 * latency / 1000, elapsed / 2)
         fastest = max(fastest, size / seconds / 1e6)
         if seconds > LONG_ENOUGH or size == MOST_BYTES:
             left -= 1  # several, since a pause of the machine makes one of them look slow
