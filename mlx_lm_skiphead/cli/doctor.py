@@ -167,7 +167,7 @@ def _print_links(console: Console, links: Report) -> None:
     columns = ("ranks", "latency", "highest", "there", "back")
     console.print(table("links: ms one way, and MB/s each way", columns, rows))
     console.print(
-        f"The links alone take {links['step_ms']:.2f} ms of a step (median of {links['steps']}, "
+        f"A step takes {links['step_ms']:.2f} ms on the links alone (median of {links['steps']}, "
         f"highest {links['highest_step_ms']:.2f}). A token takes at least that.",
         soft_wrap=True,
     )

@@ -1,7 +1,8 @@
-"""The links between ranks, without a model: what a step sends, and each link by itself.
+"""Measures the links between ranks without a model: what a step sends, and each link alone.
 
-A step of a pipeline is hidden states from rank to rank, down to rank 0, and then the token share,
-a small ``all_gather``. Data is compared with what was sent, since a broken link may also garble.
+In a step of a pipeline, hidden states go from rank to rank down to rank 0. Then comes the token
+share, a small ``all_gather``. Data is compared with what was sent, since a broken link may change
+it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import mlx.core as mx
 
 ROUNDS = 200
 SECONDS = 15.0
-"""After which no further round begins."""
+"""The time after which no further round begins."""
 STANDS_STILL = 30.0
-"""Seconds without a message, after which a rank says so and ends."""
+"""Seconds without a message after which a rank prints a line and exits."""
 
 HIDDEN = 4096
 """Numbers of 4 bytes in the hidden states of a token."""
@@ -162,7 +163,7 @@ def _receive(like: mx.array, source: int) -> mx.array:
 
 
 class _Watch:
-    """Ends the process if it waits for too long, inside a ``with`` block."""
+    """Ends the process if it waits for too long; a context manager."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -170,7 +171,7 @@ class _Watch:
         self.sees("the other ranks")
 
     def sees(self, what: str) -> None:
-        """What is waited for from now on."""
+        """Note what this rank waits for from now on."""
         self._what, self._since = what, time.monotonic()
 
     def __enter__(self) -> _Watch:
