@@ -86,7 +86,7 @@ def serving(model: Path, count: int, tokens: int = 12, requests: int = 7) -> Slo
             options = ["--model", str(model), "--pipeline", "--port", str(port)]
             module = ["mlx_lm_skiphead", "run"] if way == "skip" else []
             command = [sys.executable, "-m", *module, "mlx_lm.server", *options]
-            with Ranks(count, command, plugin=False, link_delay=delay) as ranks:
+            with Ranks(count, command, link_delay=delay) as ranks:
                 _wait_for(port)
                 try:
                     times = [_ask(port, tokens) for _ in range(requests + 1)][1:]

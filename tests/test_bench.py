@@ -96,8 +96,8 @@ def test_text_and_hosts(model, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "deepseek_v3, 2 ranks, both ways in turn" in done.stdout
-    assert "as planned and as measured" in done.stdout
-    assert "over 2 rounds lies with 50 % confidence" in done.stdout
+    assert "In brackets: planned, from" in done.stdout
+    assert "The interval of the ratio has 50 % confidence (2 rounds)." in done.stdout
     assert "Tokens agree: on all ranks, both ways, in every round." in done.stdout
 
 

@@ -13,18 +13,16 @@ from ..config import requested_mode
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's arguments) names; its exit code."""
     from . import bench, demo, doctor, plan, run
+    from .arguments import Unusable
 
     parser = argparse.ArgumentParser(
         prog="mlx-lm-skiphead",
         description="Pipeline-parallel mlx-lm without the output head on ranks that do not sample.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    demo.add_command(commands)
-    doctor.add_command(commands)
-    run.add_command(commands)
-    plan.add_command(commands)
-    bench.add_command(commands)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in (demo, doctor, run, plan, bench):
+        command.add_command(commands)
     arguments = parser.parse_args(argv)
     try:
         requested_mode()
@@ -32,5 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.run is not doctor.run:  # which reports it among the rest
             print(f"mlx-lm-skiphead: {error}", file=sys.stderr)
             return 2
-    code: int = arguments.run(arguments)
+    try:
+        code: int = arguments.run(arguments)
+    except Unusable as error:
+        print(f"mlx-lm-skiphead {arguments.command}: {error}", file=sys.stderr)
+        return 2
     return code

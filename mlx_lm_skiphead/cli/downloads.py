@@ -13,13 +13,16 @@ from rich.table import Table
 
 from .. import fetching
 from ..families import Family
+from .arguments import Unusable
+from .ranks import WAYS
+from .tables import table
 
 Downloads = dict[str, dict[str, int]]
 """By way, "unpatched" or "skip": the bytes of each file of weights that a rank fetches."""
 
 
 def of_rank(folder: Path, model: Any, family: Family) -> Downloads:
-    """What a rank fetches that has `model`, split, of the checkpoint in `folder`."""
+    """What a rank fetches of the checkpoint in `folder`. `model` is split as the rank has it."""
     from ..dead_weights import part
 
     owner = family.owner_of(model)
@@ -34,24 +37,24 @@ def of_rank(folder: Path, model: Any, family: Family) -> Downloads:
 
 
 def total(ranks: Sequence[Downloads], way: str) -> int:
-    """Bytes that all ranks fetch, each for itself."""
+    """The bytes that all ranks fetch together."""
     return sum(sum(rank[way].values()) for rank in ranks)
 
 
-def table(ranks: Sequence[Downloads]) -> Table:
-    made = Table(title="MB of weights to download, on a machine that has none")
-    for column in ("rank", "unpatched", "plugin"):
-        made.add_column(column, justify="right")
-    made.add_column("not needed")
+def report(ranks: Sequence[Downloads]) -> Table:
+    """The table of what each rank fetches."""
+    rows = []
     for rank, files in enumerate(ranks):
         left = files["unpatched"].keys() - files["skip"].keys()
-        sizes = [f"{sum(files[way].values()) / 1e6:,.1f}" for way in ("unpatched", "skip")]
-        made.add_row(str(rank), *sizes, ", ".join(sorted(left)) or "-")
-    return made
+        sizes = (f"{sum(files[way].values()) / 1e6:,.1f}" for way in WAYS)
+        rows.append([str(rank), *sizes, ", ".join(sorted(left)) or "-"])
+    title = "MB of weights to download, on a machine that has none"
+    return table(title, ("rank", "unpatched", "plugin", "not needed"), rows)
 
 
 def summary(ranks: Sequence[Downloads]) -> str:
-    before, after = (total(ranks, way) / 1e6 for way in ("unpatched", "skip"))
+    """The sum over all ranks, in a sentence."""
+    before, after = (total(ranks, way) / 1e6 for way in WAYS)
     return (
         f"To download from a hub, over all ranks: {after:,.1f} MB of weights with the plugin, "
         f"{before:,.1f} MB unpatched, {before - after:,.1f} MB less."
@@ -61,15 +64,13 @@ def summary(ranks: Sequence[Downloads]) -> str:
 def fetch_headers(repo: str, folder: Path) -> None:
     """Make a folder that `models.split` takes for the model `repo` of a hub.
 
-    It has the model's configuration, and for each file of weights one with its header and of its
-    size, of which the rest is a hole.
+    It has the configuration of the model, and for each file of weights a sparse file of the same
+    size that has the header only.
 
     Raises:
         Unusable: if the hub cannot be reached, or has no such model.
     """
     from huggingface_hub import HfApi, snapshot_download
-
-    from .models import Unusable
 
     api = HfApi()
     try:
@@ -80,12 +81,8 @@ def fetch_headers(repo: str, folder: Path) -> None:
                 continue
             found = api.parse_safetensors_file_metadata(repo, sibling.rfilename)
             header: dict[str, Any] = {"__metadata__": found.metadata} if found.metadata else {}
-            for name, tensor in found.tensors.items():
-                header[name] = {
-                    "dtype": tensor.dtype,
-                    "shape": list(tensor.shape),
-                    "data_offsets": list(tensor.data_offsets),
-                }
+            for name, t in found.tensors.items():
+                header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
             text = json.dumps(header, separators=(",", ":")).encode()
             with open(folder / sibling.rfilename, "wb") as file:
                 file.write(len(text).to_bytes(8, "little") + text)

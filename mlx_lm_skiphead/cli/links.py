@@ -1,8 +1,8 @@
-"""Slow links between ranks of one machine: proxies that hand on all that comes, but later.
+"""Simulates slow links between ranks of one machine, by proxies that delay what they forward.
 
-As with Ethernet, each machine has one port, through which goes what it sends to either neighbour:
-one chunk after the other, each as long as its size over the rate. It arrives a latency after that.
-So a small message on a free port takes its latency and no more.
+As with Ethernet, each machine has one port for what it sends to both neighbours. The port sends one
+chunk after the other, each in size / rate, and a chunk arrives one latency after that. So a small
+message on a free port takes the latency only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONNECT_SECONDS = 120.0
 
 
 class SlowLinks:
-    """A ring of links, each with a proxy that delays both directions. Inside a ``with`` block.
+    """A ring of links, each with a proxy that delays both directions; a context manager.
 
     Args:
         ports: where each rank listens, on this machine.
@@ -47,14 +47,14 @@ class SlowLinks:
             listener.close()
 
     def seen_by(self, rank: int) -> list[str]:
-        """The addresses of all ranks as `rank` must know them: the next one's is its proxy's."""
+        """The addresses of all ranks for `rank`. That of the next rank is of its proxy."""
         addresses = [f"127.0.0.1:{port}" for port in self._ports]
         following = (rank + 1) % len(addresses)
         addresses[following] = f"127.0.0.1:{self._listeners[following].getsockname()[1]}"
         return addresses
 
     def _accept(self, rank: int) -> None:
-        """Take the connections to `rank`, which the rank before it makes."""
+        """Accept the connections to `rank` from the rank before it."""
         with contextlib.suppress(OSError):  # closed: the ranks have ended
             while True:
                 near, _ = self._listeners[rank].accept()
@@ -64,7 +64,7 @@ class SlowLinks:
                     self._pump(source, sink, self._senders[sender])
 
     def _pump(self, source: socket.socket, sink: socket.socket, sender: _Port) -> None:
-        """Hand on what comes from `source`, until its end."""
+        """Forward what comes from `source` to `sink`, until its end."""
         on_the_way: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
 
         def receive() -> None:
@@ -91,7 +91,7 @@ class SlowLinks:
 
 
 class _Port:
-    """Where one machine sends: one chunk after the other, at a rate."""
+    """The port of one machine, which sends one chunk after the other at a rate."""
 
     def __init__(self, megabits: float) -> None:
         self._seconds_per_byte = 8e-6 / megabits if megabits else 0.0
@@ -99,7 +99,7 @@ class _Port:
         self._lock = threading.Lock()
 
     def sends(self, size: int) -> float:
-        """When `size` bytes that have come now will have left, by `time.monotonic`."""
+        """When `size` bytes that are sent now have left, by `time.monotonic`."""
         with self._lock:
             start = max(time.monotonic(), self._is_free)
             self._is_free = start + size * self._seconds_per_byte

@@ -1,68 +1,18 @@
-"""What one rank measures: how long a model loads, its tokens, when they came, heads evaluated."""
+"""What a rank measures of a model: tokens, their times, and how often the head was evaluated."""
 
 from __future__ import annotations
 
-import gc
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
-import mlx_lm.utils
 import wrapt
-from mlx_lm.sample_utils import make_sampler
 
-from .. import status
 from ..dead_weights import is_pending
 from ..families import BY_NAME, Family
-
-
-class Generated(NamedTuple):
-    """One generation on this rank."""
-
-    tokens: list[int]
-    text: str
-    seconds: list[float]
-    """When each token came, from the start of the generation."""
-
-
-def load(model: str, group: mx.distributed.Group) -> tuple[Any, Any, float]:
-    """Load a model that is split over `group`: the model, its tokenizer and how long that took.
-
-    In seconds, without the wait for other ranks that `sharded_load` ends with.
-    """
-    gc.collect()
-    waits: list[float] = []
-
-    def begin_to_wait(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        waits.append(time.perf_counter())
-        return wrapped(*args, **kwargs)
-
-    handle = wrapt.wrap_function_wrapper(mx.distributed, "all_sum", begin_to_wait)
-    try:
-        start = time.perf_counter()
-        loaded, tokenizer = mlx_lm.utils.sharded_load(model, pipeline_group=group)
-    finally:
-        wrapt.unwrap_object(mx.distributed, "all_sum", handle)
-    gc.collect()
-    return loaded, tokenizer, waits[0] - start
-
-
-def generate(
-    model: Any, tokenizer: Any, prompt: list[int], max_tokens: int, temperature: float = 0.0
-) -> Generated:
-    """Generate through `stream_generate`, from the same random state each time."""
-    mx.random.seed(0)
-    tokens, text, seconds = [], "", []
-    start = time.perf_counter()
-    for step in mlx_lm.stream_generate(
-        model, tokenizer, prompt, max_tokens, sampler=make_sampler(temperature)
-    ):
-        seconds.append(time.perf_counter() - start)
-        tokens.append(step.token)
-        text += step.text
-    return Generated(tokens, text, seconds)
 
 
 def family_of(model: Any) -> Family:
@@ -78,12 +28,44 @@ def family_of(model: Any) -> Family:
     raise ValueError(f"mlx-lm-skiphead does not support {type(model).__module__}")
 
 
-def refused(family: str) -> str:
-    """Why nothing is skipped although the plugin is on, or ""."""
-    now = status()
-    targets = now.families | now.loops
-    said = {name: str(targets[name]) for name in (family, "generate_step")}
-    return "; ".join(f"{name} is {s}" for name, s in said.items() if s != "patched")
+def decode(
+    model: Any, prompts: list[list[int]], tokens: int
+) -> tuple[list[tuple[int, int, int]], list[float]]:
+    """Generate `tokens` for each of a batch of prompts, greedily, whatever the stop tokens are.
+
+    Through `generate_step` for one prompt, else through `BatchGenerator`.
+
+    Returns:
+        ``(step, prompt, id)`` of each token; and when each step ended, in seconds from the start.
+    """
+    loops: Any = importlib.import_module("mlx_lm.generate")
+    steps = (_one if len(prompts) == 1 else _batch)(loops, model, prompts, tokens)
+    generated, seconds = [], []
+    start = time.perf_counter()
+    for number, ids in enumerate(steps):
+        seconds.append(time.perf_counter() - start)
+        generated += [(number, prompt, token) for prompt, token in sorted(ids.items())]
+    # Unpatched mlx-lm leaves a step in flight, which must not reach into what comes next.
+    mx.synchronize(loops.generation_stream)
+    return generated, seconds
+
+
+def _one(loops: Any, model: Any, prompts: list[list[int]], tokens: int) -> Iterator[dict[int, int]]:
+    for token, _ in loops.generate_step(mx.array(prompts[0]), model, max_tokens=tokens):
+        yield {0: token}
+
+
+def _batch(
+    loops: Any, model: Any, prompts: list[list[int]], tokens: int
+) -> Iterator[dict[int, int]]:
+    size = len(prompts)
+    generator = loops.BatchGenerator(
+        model, completion_batch_size=size, prefill_batch_size=size, stop_tokens=[]
+    )
+    uids = generator.insert(prompts, max_tokens=[tokens] * size)
+    while responses := generator.next_generated():
+        yield {uids.index(response.uid): response.token for response in responses}
+    generator.close()
 
 
 class HeadCount:
@@ -95,8 +77,8 @@ class HeadCount:
     def evaluated(self) -> int:
         """Heads whose matrix product was computed.
 
-        MLX is lazy: logits that a call of the head returned need not be computed ever, as in
-        prefill. Those that were have no operation behind them any more.
+        MLX is lazy: logits that a call of the head returned may never be computed, as in prefill.
+        Those that were have no operation behind them any more.
         """
         return sum(not is_pending(logits) for logits in self._logits)
 
@@ -117,23 +99,22 @@ def count_heads(model: Any) -> Iterator[HeadCount]:
 
 @contextmanager
 def around_head(model: Any, around: Callable[[Callable[[], mx.array]], mx.array]) -> Iterator[None]:
-    """Inside the ``with`` block `around` is called where the head of `model` is to run.
+    """Inside the ``with`` block call `around` where the head of `model` is to run.
 
-    It is given a function that runs it, and gives the logits.
+    Its argument is a function that runs the head and returns the logits. It returns the logits.
     """
     family = family_of(model)
     head = family.head_of(family.owner_of(model))
     # An embedding that serves as the head does so through another method.
     method = "as_linear" if hasattr(head, "as_linear") else "__call__"
-    cls = type(head)
 
     def called(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if instance is not head:
             return wrapped(*args, **kwargs)
         return around(lambda: wrapped(*args, **kwargs))
 
-    handle = wrapt.wrap_function_wrapper(cls, method, called)
+    handle = wrapt.wrap_function_wrapper(type(head), method, called)
     try:
         yield
     finally:
-        wrapt.unwrap_object(cls, method, handle)
+        wrapt.unwrap_object(type(head), method, handle)

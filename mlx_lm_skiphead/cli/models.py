@@ -6,44 +6,44 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx_lm.utils
-
-from .. import uninstall
 from ..families import Family
-from .measure import family_of
+from .arguments import Unusable
 
 
-class Unusable(ValueError):
-    """Something that the user named cannot be used; the message is one line that says why."""
+def find(path_or_repo: str) -> Path | None:
+    """A local folder, or the cached copy of a hub repository; None if there is neither."""
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Weights need not be there: mlx-lm fetches some files only, and each rank some of these.
+        found = snapshot_download(path_or_repo, local_files_only=True, allow_patterns="*.json")
+    except (OSError, ValueError):  # it is not there, or no name of a repository
+        return None
+    return Path(found)
 
 
 def locate(path_or_repo: str) -> Path:
-    """The folder of a model: a local one, or the cached copy of a hub repository.
+    """The folder of a model, as `find`.
 
     Raises:
-        Unusable: if there is neither. Nothing is fetched.
+        Unusable: if there is none. Nothing is fetched.
     """
-    folder = Path(path_or_repo).expanduser()
-    if not folder.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-        try:
-            # mlx-lm fetches some kinds of files only, and each rank some of these.
-            found = snapshot_download(path_or_repo, local_files_only=True, allow_patterns="*.json")
-            folder = Path(found)
-        except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise Unusable(
-                f"there is no folder {path_or_repo}, and no copy of such a hub repository here "
-                "(plan --fetch-headers looks at the hub)"
-            ) from error
+    folder = find(path_or_repo)
+    if folder is None:
+        raise Unusable(
+            f"there is no folder {path_or_repo}, and no copy of such a hub repository here "
+            "(plan --fetch-headers looks at the hub)"
+        )
     if not (folder / "config.json").is_file():
         raise Unusable(f"there is no model in {folder}: it has no config.json")
     return folder
 
 
 class Split(NamedTuple):
-    """A model as one rank has it, its weights unread."""
+    """A model as one rank has it, with lazy weights."""
 
     model: Any
     family: Family
@@ -62,7 +62,12 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
     Raises:
         Unusable: if mlx-lm or this plugin cannot do it.
     """
-    uninstall()  # what is asked for is mlx-lm's own split, whatever the environment says
+    import mlx_lm.utils
+
+    from .. import uninstall
+    from .measure import family_of
+
+    uninstall()  # so that this is mlx-lm's own split
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise Unusable(f"{index} is missing: mlx-lm needs it to split a model")
@@ -70,7 +75,7 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
     if missing := sorted(str(file) for file in files if not file.exists()):
         raise Unusable(
             f"files of the model are missing: {', '.join(missing)} (of a model on a hub, "
-            "plan --fetch-headers needs no more than the headers)"
+            "plan --fetch-headers needs only the headers)"
         )
     try:
         model, config = mlx_lm.utils.load_model(folder, lazy=True, strict=False)
@@ -96,13 +101,13 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
 
 
 class _Place(NamedTuple):
-    """As much of a group as `pipeline` asks for."""
+    """What `pipeline` asks of a group."""
 
-    of: int
-    among: int
+    number: int
+    ranks: int
 
     def rank(self) -> int:
-        return self.of
+        return self.number
 
     def size(self) -> int:
-        return self.among
+        return self.ranks

@@ -1,7 +1,7 @@
-"""``mlx-lm-skiphead run MODULE [ARGS...]``: as ``python -m MODULE``, with the plugin on.
+"""``mlx-lm-skiphead run MODULE [ARGS...]``: runs ``python -m MODULE`` with the plugin on.
 
-For what has no line in which the plugin could be imported, such as ``mlx_lm.server``. It is the
-module itself that runs, in this process: its exit code, output and signals are its own.
+For modules to which no import can be added, such as ``mlx_lm.server``. The module runs in this
+process: exit code, output and signals are its own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def add_command(commands: Any) -> None:
     """Add ``run`` to the parser's subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "run",
-        help="run a module or a script with the plugin on, as python -m would",
+        help="run a module or a script with the plugin on",
         description="Runs a module (mlx_lm.server) or a script (a path that ends in .py) as python "
-        f"does, with the plugin on. {VARIABLE}=hidden is heeded; so is {VARIABLE}=0.",
+        f"does, with the plugin on. {VARIABLE}=hidden and {VARIABLE}=0 have their usual effect.",
         epilog="example: mlx.launch -n 2 --backend ring -- python -m mlx_lm_skiphead "
         "run mlx_lm.server --model PATH --pipeline",
     )
@@ -35,7 +35,11 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code: the module's own; 2 if there is no such module or script."""
+    """Run the module.
+
+    Returns:
+        The exit code: the module's own; 2 if there is no such module or script.
+    """
     from .. import install
 
     if VARIABLE in os.environ and requested_mode() == "off":
@@ -45,28 +49,25 @@ def run(arguments: argparse.Namespace) -> int:
         install(requested_mode())
     name = arguments.module
     sys.argv = [name, *arguments.arguments]
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            print(f"mlx-lm-skiphead run: there is no file {name}", file=sys.stderr)
-            return 2
-        sys.path[0] = str(Path(name).resolve().parent)
-        with _error_ends_all_ranks():
-            runpy.run_path(name, run_name="__main__")
-        return 0
-    sys.path[0] = os.getcwd()
-    if not _exists(name):
-        print(f"mlx-lm-skiphead run: there is no module {name}", file=sys.stderr)
+    is_script = name.endswith(".py")
+    sys.path[0] = str(Path(name).resolve().parent) if is_script else os.getcwd()
+    if not (Path(name).is_file() if is_script else _exists(name)):
+        kind = "file" if is_script else "module"
+        print(f"mlx-lm-skiphead run: there is no {kind} {name}", file=sys.stderr)
         return 2
     with _error_ends_all_ranks():
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        if is_script:
+            runpy.run_path(name, run_name="__main__")
+        else:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
     return 0
 
 
 @contextmanager
 def _error_ends_all_ranks() -> Iterator[None]:
-    """Over MPI leave at once after an error, so that mpirun ends the other ranks.
+    """Over MPI, exit at once after an error, so that mpirun ends the other ranks.
 
-    A process that ends as usual waits in MPI_Finalize for the others, which wait for it.
+    Otherwise the process waits in MPI_Finalize for the other ranks, and they wait for it.
     """
     try:
         yield

@@ -1,7 +1,8 @@
-"""The links between ranks, without a model: what a step sends, and each link by itself.
+"""Measures the links between ranks without a model: what a step sends, and each link alone.
 
-A step of a pipeline is hidden states from rank to rank, down to rank 0, and then the token share,
-a small ``all_gather``. Data is compared with what was sent, since a broken link may also garble.
+In a step of a pipeline, hidden states go from rank to rank down to rank 0. Then comes the token
+share, a small ``all_gather``. Data is compared with what was sent, since a broken link may change
+it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
 ROUNDS = 200
 SECONDS = 15.0
-"""After which no further round begins."""
+"""The time after which no further round begins."""
 STANDS_STILL = 30.0
-"""Seconds without a message, after which a rank says so and ends."""
+"""Seconds without a message after which a rank prints a line and exits."""
 
 HIDDEN = 4096
 """Numbers of 4 bytes in the hidden states of a token."""
@@ -31,9 +33,16 @@ LONG_ENOUGH = 0.05
 
 
 def measure(group: mx.distributed.Group) -> dict[str, Any]:
-    """Measure the links of all ranks, which all must call this: see ``links`` in `examine`.
+    """Measure the links between all ranks. All must call this.
 
     Ends the process with exit code 1, and a line on standard error, if nothing moves any more.
+
+    Returns:
+        ``steps``: how many steps of a pipeline the ranks took, without a model. ``step_ms``,
+        ``highest_step_ms``: the time of a step, median and highest without the first one.
+        ``garbled``: the first data that did not arrive as sent, a line or "". ``links``: a list of
+        ``{"between", "latency_ms", "highest_ms", "there_mb_s", "back_mb_s"}``: the two ranks, half
+        the time of a round trip, its highest, and MB per second each way.
     """
     with _Watch(group.rank()) as watch, mx.stream(mx.cpu):
         found = _steps(group, watch)
@@ -44,10 +53,11 @@ def measure(group: mx.distributed.Group) -> dict[str, Any]:
         numbers = []
         for pair in pairs:
             mine = [0.0] * 4
-            if group.rank() in pair:
-                watch.sees(f"the link between ranks {pair[0]} and {pair[1]}")
-                other = sum(pair) - group.rank()
-                mine = _link(other, is_first=group.rank() == pair[0])
+            watch.sees(f"the link between ranks {pair[0]} and {pair[1]}")
+            if group.rank() == pair[0]:
+                mine = _link(pair[1])
+            elif group.rank() == pair[1]:
+                _answer(pair[0])
             watch.sees("the end of a measurement of other ranks")
             total = inspect.unwrap(mx.distributed.all_sum)(mx.array(mine))
             numbers.append(total.tolist())
@@ -95,46 +105,51 @@ def _steps(group: mx.distributed.Group, watch: _Watch) -> dict[str, Any]:
     }
 
 
-def _link(other: int, *, is_first: bool) -> list[float]:
-    """Latency in ms, its highest, and MB/s there and back; of the second rank zeros."""
-    ping = mx.zeros(1, mx.uint8)
-    times = []
-    for _ in range(PINGS + 1):
-        start = time.perf_counter()
-        if is_first:
-            _send(ping, other)
-        _receive(ping, other)
-        if not is_first:
-            _send(ping, other)
-        times.append(1000 * (time.perf_counter() - start) / 2)
-    latency = statistics.median(times[1:])
-    there = _throughput(other, latency, sends=is_first)
-    back = _throughput(other, latency, sends=not is_first)
-    return [latency, max(times[1:]), there, back] if is_first else [0.0] * 4
+def _link(other: int) -> list[float]:
+    """The latency in ms, its highest, and MB/s there and back. The other rank runs `_answer`."""
+    times = [1000 * _exchange(other, 1, 1) / 2 for _ in range(PINGS + 1)][1:]
+    latency = statistics.median(times)
+    there = _throughput(lambda size: _exchange(other, size, 1), latency)
+    back = _throughput(lambda size: _exchange(other, 1, size), latency)
+    _exchange(other, 0, 0)
+    return [latency, max(times), there, back]
 
 
-def _throughput(other: int, latency: float, *, sends: bool) -> float:
-    """MB/s to or from another rank. The one that sends measures, and tells the other."""
-    size, speed, long = LEAST_BYTES, 0.0, 0
-    while size:
-        data = mx.zeros(size, mx.uint8)
-        mx.eval(data)
-        if sends:
-            start = time.perf_counter()
-            _send(data, other)
-            _receive(mx.zeros(1, mx.uint8), other)  # it has come
-            seconds = max(1e-6, time.perf_counter() - start - 2 * latency / 1000)
-            speed = max(speed, size / seconds / 1e6)
-            long += seconds > LONG_ENOUGH
-            # Several, since a pause of the machine makes one of them look slow.
-            size = 0 if long == 3 or size == MOST_BYTES else size if long else 2 * size
-            _send(mx.array([size, round(speed * 1000)], mx.uint32), other)
+def _exchange(other: int, there: int, back: int) -> float:
+    """Send some bytes and receive some; the seconds that this takes. Nothing ends `_answer`."""
+    _send(mx.array([there, back], mx.uint32), other)
+    if not there:
+        return 0.0
+    data = mx.zeros(there, mx.uint8)
+    mx.eval(data)
+    start = time.perf_counter()
+    _send(data, other)
+    _receive(mx.zeros(back, mx.uint8), other)
+    return time.perf_counter() - start
+
+
+def _answer(other: int) -> None:
+    while True:
+        sizes: Any = _receive(mx.zeros(2, mx.uint32), other).tolist()
+        there, back = sizes
+        if not there:
+            return
+        _receive(mx.zeros(there, mx.uint8), other)
+        _send(mx.zeros(back, mx.uint8), other)
+
+
+def _throughput(exchange: Callable[[int], float], latency: float) -> float:
+    """MB/s: the highest of three transfers that take long enough to count."""
+    size, fastest, left = LEAST_BYTES, 0.0, 3
+    while left:
+        elapsed = exchange(size)
+        seconds = elapsed - min(2 * latency / 1000, elapsed / 2)
+        fastest = max(fastest, size / seconds / 1e6)
+        if seconds > LONG_ENOUGH or size == MOST_BYTES:
+            left -= 1  # several, since a pause of the machine makes one of them look slow
         else:
-            _receive(data, other)
-            _send(mx.zeros(1, mx.uint8), other)
-            told: Any = _receive(mx.zeros(2, mx.uint32), other).tolist()
-            size, speed = told[0], told[1] / 1000
-    return speed
+            size *= 2
+    return fastest
 
 
 def _send(data: mx.array, to: int) -> None:
@@ -148,7 +163,7 @@ def _receive(like: mx.array, source: int) -> mx.array:
 
 
 class _Watch:
-    """Ends the process if it waits for too long, inside a ``with`` block."""
+    """Ends the process if it waits for too long; a context manager."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -156,7 +171,7 @@ class _Watch:
         self.sees("the other ranks")
 
     def sees(self, what: str) -> None:
-        """What is waited for from now on."""
+        """Note what this rank waits for from now on."""
         self._what, self._since = what, time.monotonic()
 
     def __enter__(self) -> _Watch:

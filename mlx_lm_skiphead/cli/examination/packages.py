@@ -1,4 +1,4 @@
-"""Packages: which versions are here, which are needed, and what is known to go wrong with them."""
+"""Packages: the versions that are installed and needed, and the known faults of mlx."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
-from .report import line
+from ..arguments import one_line
 
 FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
-RECOMMENDED_MLX = ">=0.32.3"
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """See ``packages`` in `examination.examine`."""
+    """``packages`` in `examination.examine`."""
     found = {}
     for name, needs in _requirements().items():
         version, problem = None, ""
@@ -32,7 +31,7 @@ def examine() -> dict[str, dict[str, Any]]:
         except metadata.PackageNotFoundError:
             problem = "not installed"
         except Exception as error:
-            problem = f"cannot be imported: {line(error)}"
+            problem = f"cannot be imported: {one_line(error)}"
             if name == "mlx" and sys.platform == "linux":
                 problem += " (on Linux it needs one of the extras cpu, cuda12 and cuda13)"
         found[name] = {"version": version, "needs": needs, "problem": problem}
@@ -46,15 +45,9 @@ def is_unusable(package: dict[str, Any]) -> bool:
 
 def _requirements() -> dict[str, str]:
     """By name of a package, the versions that the plugin needs: ``">=2.4,<3"``."""
-    try:
-        lines = metadata.requires("mlx-lm-skiphead") or []
-    except metadata.PackageNotFoundError:  # it runs from a folder
-        lines = ["mlx", "mlx-lm", "packaging", "rich", "wrapt"]
-    needed = [Requirement(line) for line in lines if "extra ==" not in line]
-    return {
-        one.name: ",".join(sorted(map(str, one.specifier), reverse=True))
-        for one in sorted(needed, key=lambda one: one.name)
-    }
+    lines = metadata.requires("mlx-lm-skiphead") or []
+    needed = [Requirement(line) for line in sorted(lines) if "extra ==" not in line]
+    return {one.name: ",".join(sorted(map(str, one.specifier), reverse=True)) for one in needed}
 
 
 def satisfies(version: str, needs: str) -> bool:
@@ -66,17 +59,17 @@ def satisfies(version: str, needs: str) -> bool:
 
 
 def known_faults(mlx: str) -> Iterator[tuple[str, bool]]:
-    """A line for each known fault of a version of mlx, and whether it must not be used here."""
+    """A line for each known fault of a version of mlx, and whether it rules out this setting."""
     if satisfies(mlx, ">=0.32.1,<0.32.3"):
         line = "over JACCL's ring all_gather gives wrong data (mlx #4443)"
         yield f"mlx {mlx}: {line}. Install 0.32.3 or newer.", _is_on("MLX_JACCL_RING")
-    elif not satisfies(mlx, RECOMMENDED_MLX):
+    elif not satisfies(mlx, ">=0.32.3"):
         line = "its ring may not notice that a rank is lost (mlx #4060)"
         yield f"mlx {mlx}: {line}. Version 0.32.3 or newer is recommended.", False
 
 
 def has_fast_synch() -> bool:
-    """Whether MLX is told to wait for the GPU in a way that is known to wedge."""
+    """Whether the setting of MLX with which ranks are known to stand still is on."""
     return _is_on(FAST_SYNCH)
 
 

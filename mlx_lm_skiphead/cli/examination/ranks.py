@@ -1,4 +1,4 @@
-"""Ranks: what each of them has, and in what they differ."""
+"""Ranks: the facts of each of them, how these differ, and the links between the ranks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,43 @@ import os
 from typing import Any
 
 from ...families import FAMILIES
+from ..arguments import one_line
 from ..ranks import launched_rank
 from .packages import has_fast_synch
-from .report import Report, line
 
 FACTS_BYTES = 4096
 """What each rank gives to the others."""
+NO_MPI = (
+    "MLX does not find MPI, and each rank is alone: set MLX_MPI_LIBNAME to its library, as in "
+    "mpirun -x MLX_MPI_LIBNAME=/path/to/libmpi.so.40 ..."
+)
 
 
-def compare(report: Report) -> Any:
-    """Give all ranks what this one has, and see in what they differ.
+def examine(report: dict[str, Any]) -> None:
+    """Compare the facts of all ranks, and measure the links if the report has a place for them."""
+    measures_links = report["links"] is not None
+    group = _compare(report)
+    report["links"] = None
+    if not measures_links:
+        return
+    if group is None and not report["problems"]:
+        report["wrong_argument"] = report["wrong_argument"] or (
+            "--links needs ranks, as in mlx.launch -n 2 ... -- mlx-lm-skiphead doctor --links"
+        )
+    if group is not None and not report["differences"].keys() & {"plugin", "links"}:
+        from . import links
+
+        try:
+            report["links"] = links.measure(group)
+        except RuntimeError as error:
+            report["problems"].append(f"The links failed: {one_line(error)}")
+
+
+def _compare(report: dict[str, Any]) -> Any:
+    """Give the facts of this rank to all ranks; fill in ``rank``, ``ranks`` and ``differences``.
 
     Returns:
-        The group of the ranks, or None where there are none or they cannot be connected.
+        The group of the ranks, or None if there are none or they cannot be connected.
     """
     import mlx.core as mx
 
@@ -42,10 +66,10 @@ def compare(report: Report) -> Any:
         parts = [everything[i : i + FACTS_BYTES] for i in range(0, len(everything), FACTS_BYTES)]
         ranks = [json.loads(part.rstrip(b"\0")) for part in parts]
     except RuntimeError as error:
-        report["problems"].append(f"The ranks cannot be connected: {line(error)}")
+        report["problems"].append(f"The ranks cannot be connected: {one_line(error)}")
         return None
     except ValueError as error:
-        report["problems"].append(f"The ranks' answers arrived as garbage: {line(error)}")
+        report["problems"].append(f"The ranks' facts did not arrive as sent: {one_line(error)}")
         return None
     report["ranks"] = ranks
     values = {name: [rank.get(name) for rank in ranks] for name in ranks[0]}
@@ -53,14 +77,8 @@ def compare(report: Report) -> Any:
     return group
 
 
-NO_MPI = (
-    "MLX does not find MPI, and each rank is alone: set MLX_MPI_LIBNAME to its library, as in "
-    "mpirun -x MLX_MPI_LIBNAME=/path/to/libmpi.so.40 ..."
-)
-
-
-def _facts(report: Report) -> dict[str, str]:
-    """What ranks should agree in; it must fit into `FACTS_BYTES`."""
+def _facts(report: dict[str, Any]) -> dict[str, str]:
+    """What ranks should have in common; it must fit into `FACTS_BYTES`."""
     targets = report["families"] | report["loops"]
     model = report["model"] or {}
     return {

@@ -1,25 +1,38 @@
-"""Families and loops: what becomes of each of them here, in this process."""
+"""What can be patched: the state of families and loops in this process, patches of other packages,
+and a model of the user. Of the model it reads config.json only."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import pkgutil
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ... import config
 from ...families import BY_NAME, FAMILIES
-from . import patches
-from .report import Report, WrongArgument, line
+from ..arguments import Unusable, one_line
+from ..models import find
+
+NOT_THERE = ("not pipelined", "not in this mlx-lm")
+"""States of a family in which there is nothing to patch."""
 
 
-def examine(report: Report, modules: Sequence[str]) -> None:
-    """Patch as a program that imports the plugin last, look at it, and undo that."""
+def examine(report: dict[str, Any], modules: Sequence[str]) -> None:
+    """Patch as a program that imports the plugin last, look at it, and undo that.
+
+    Fills in ``families``, ``loops``, ``unknown`` and ``patches``.
+
+    Raises:
+        Unusable: if one of `modules` cannot be imported.
+    """
     from ... import installing, registry
 
     before = config.active
@@ -31,13 +44,12 @@ def examine(report: Report, modules: Sequence[str]) -> None:
             importlib.import_module(installing.MODULES[group])
         missing = {f.name: found for f in FAMILIES if (found := _import_family(f.module))}
         status = installing.status()
-        for name, target in status.families.items():
-            state, reason = missing.get(name, target)
-            report["families"][name] = {"state": state, "reason": reason}
-        for name, (state, reason) in status.loops.items():
-            report["loops"][name] = {"state": state, "reason": reason}
+        report["loops"] = {name: target._asdict() for name, target in status.loops.items()}
+        report["families"] = {
+            name: missing.get(name) or target._asdict() for name, target in status.families.items()
+        }
         report["unknown"] = _unknown()
-        report["patches"] = patches.of_others(report["families"])
+        report["patches"] = _patches_of_others(report["families"])
     finally:
         if before == "off":
             installing.uninstall()
@@ -52,17 +64,17 @@ def _import_first(modules: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except (Exception, SystemExit) as error:
-            raise WrongArgument(f"--import {name}: {line(error)}") from error
+            raise Unusable(f"--import {name}: {one_line(error)}") from error
 
 
-def _import_family(module: str) -> tuple[str, str] | None:
+def _import_family(module: str) -> dict[str, str] | None:
     """State and reason if it cannot be imported."""
     try:
         importlib.import_module(module)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == module:
-            return "not in this mlx-lm", ""
-        return "refused", f"it cannot be imported: {line(error)}"
+            return {"state": "not in this mlx-lm", "reason": ""}
+        return {"state": "refused", "reason": f"it cannot be imported: {one_line(error)}"}
     return None
 
 
@@ -77,7 +89,7 @@ def _unknown() -> dict[str, str]:
         if name not in BY_NAME and name != "pipeline" and spec and spec.origin:
             sources[name] = Path(spec.origin).read_bytes().decode(errors="replace")
     found: dict[str, str] = {}
-    # Importing all of them would take seconds. One that builds on an unknown one is unknown too.
+    # To import all of them would take seconds. One that builds on an unknown one is unknown too.
     while True:
         mention = re.compile(rf"pipeline|\b({'|'.join([*BY_NAME, *found])})\b")
         candidates = [name for name, source in sources.items() if mention.search(source)]
@@ -98,8 +110,8 @@ def _unknown() -> dict[str, str]:
 def can_be_pipelined(model: type) -> bool:
     """Whether `sharded_load` would find a ``model.model.pipeline`` in an instance.
 
-    As far as classes show it: `Model` has or assigns ``model``, and its module has a pipelined
-    class, or imports a module of mlx-lm that has one.
+    Judged by classes: `Model` has or assigns ``model``, and its module has a pipelined class, or
+    imports a module of mlx-lm that has one.
     """
     from ... import drift
 
@@ -113,3 +125,95 @@ def can_be_pipelined(model: type) -> bool:
     own = [sys.modules[c.__module__] for c in model.__mro__ if c.__module__.startswith("mlx_lm.")]
     imported = [m for module in own for m in vars(module).values() if inspect.ismodule(m)]
     return any(drift.is_pipelined(m) for m in (*own, *imported) if m.__name__.startswith("mlx_lm."))
+
+
+def _patches_of_others(families: dict[str, dict[str, str]]) -> list[dict[str, str]]:
+    """What is at, over or under our targets and is neither ours nor upstream's."""
+    from ...handles import layers as layers_of
+    from ...handles import written_in
+
+    found = []
+    for owner, attribute in dict.fromkeys(_targets(families)):
+        layers = list(layers_of(inspect.getattr_static(owner, attribute, None)))
+        origins = [written_in(layer) for layer in layers]
+        packages = [origin.partition(".")[0] for origin in origins]
+        where = "above the plugin" if "mlx_lm_skiphead" in packages else ""
+        name = f"{owner.__module__}.{owner.__qualname__}" if inspect.isclass(owner) else None
+        for depth, package in enumerate(packages):
+            if package == "mlx_lm_skiphead":
+                where = "below the plugin"
+            elif package not in ("mlx", "mlx_lm"):
+                found.append(
+                    {
+                        "target": f"{name or owner.__name__}.{attribute}",
+                        "by": origins[depth],
+                        "how": "wraps" if depth < len(layers) - 1 else "replaces",
+                        "where": where,
+                    }
+                )
+    return found
+
+
+def _targets(families: dict[str, dict[str, str]]) -> Iterator[tuple[Any, str]]:
+    """All that the plugin patches, and the call of each `Model`, as an object and an attribute."""
+    from ... import installing
+
+    for row in installing.table():
+        if families.get(row.group, {}).get("state") not in NOT_THERE:
+            with suppress(AttributeError, KeyError):
+                yield row.locate()
+    for family in FAMILIES:
+        model = getattr(sys.modules.get(family.module), "Model", None)
+        if families[family.name]["state"] not in NOT_THERE and inspect.isclass(model):
+            yield model, "__call__"
+
+
+def examine_model(name: str, report: dict[str, Any], unusable: Sequence[str]) -> dict[str, Any]:
+    """``model`` in `examination.examine`. `unusable` are packages that cannot be imported."""
+    found: dict[str, Any] = {
+        "name": name,
+        "model_type": "",
+        "family": "",
+        "head": "unknown",
+        "supported": False,
+        "reason": "",
+    }
+    folder = find(name)
+    if folder is None:
+        return found | {"reason": "no such folder, and not in the hub's cache on this machine"}
+    try:
+        written = json.loads((folder / "config.json").read_bytes())
+        found["model_type"] = written["model_type"]
+    except FileNotFoundError:
+        return found | {"reason": "it has no config.json"}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return found | {"reason": f"its config.json cannot be used: {one_line(error)}"}
+    text = written.get("text_config")
+    tied = {**written, **(text if isinstance(text, dict) else {})}.get("tie_word_embeddings")
+    if tied is not None:
+        found["head"] = "tied" if tied else "own"
+    if written.get("model_file"):
+        return found | {"reason": "not covered: it brings a model_file of its own"}
+    if unusable:
+        return found | {"reason": f"{', '.join(unusable)} cannot be used"}
+    family, reason = _family_of(written, report)
+    return found | {"family": family, "supported": not reason, "reason": reason}
+
+
+def _family_of(written: dict[str, Any], report: dict[str, Any]) -> tuple[str, str]:
+    """The family of a config, or ""; and the reason why it is not supported, or ""."""
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model, arguments = _get_classes(config=written)
+    except Exception as error:
+        return "", f"mlx-lm does not load it: {one_line(error)}"
+    # solar_open's Model is another family's, its ModelArgs are its own.
+    for cls in (arguments, model):
+        name = cls.__module__.rpartition(".")[2]
+        if name in BY_NAME and getattr(sys.modules[cls.__module__], "Model", None) is model:
+            state, reason = report["families"][name].values()
+            return name, "" if state == "patched" else f"{name} is {state}: {reason}".strip(": ")
+    if can_be_pipelined(model):
+        return "", "mlx-lm pipelines it, but the plugin does not know it: it works as upstream"
+    return "", "mlx-lm cannot pipeline it"
