@@ -79,6 +79,10 @@ def positions(array):
     return [*array.shape, str(array.dtype), used]
 
 
+WIDE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+"""Attention heads wide enough for quantized caches."""
+
+
 class Lab:
     """What a rank keeps from one program to the next."""
 
@@ -126,9 +130,7 @@ class Lab:
         return folder
 
     def model(self, program, which):
-        case, changes = program["case"], {}
-        if "heads" in program:
-            changes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+        case, changes = program["case"], WIDE_HEADS if "heads" in program else {}
         source = program.get("source", "memory")
         kept = source == "memory" and not any(s["op"] in CHANGING for s in program["steps"])
         if kept:
@@ -378,8 +380,9 @@ class Session:
     def draft(self, name):
         case = self.program["case"] if name == "same" else name
         mx.random.seed(1)
-        key = ("draft", case, self.program.get("thread"))
-        return self.lab.kept(key, lambda: tiny_models.make(case))
+        changes = WIDE_HEADS if "heads" in self.program else {}
+        key = ("draft", case, changes, self.program.get("thread"))
+        return self.lab.kept(key, lambda: tiny_models.make(case, **changes))
 
     def callback(self, kind, model):
         calls = itertools.count()
