@@ -163,8 +163,9 @@ class Ranks:
     def _end(self) -> None:
         for process in self._processes:
             if self._launcher and process.poll() is None:
-                # As Ctrl-C does: only then does it end its ranks, also those on other machines.
-                process.send_signal(signal.SIGINT)
+                # To all of its session, as Ctrl-C in a terminal: mlx.launch alone would wait for
+                # its ranks. Those on other machines end with their ssh.
+                os.killpg(process.pid, signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(20)
             with contextlib.suppress(ProcessLookupError, PermissionError):
