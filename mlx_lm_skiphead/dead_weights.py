@@ -38,6 +38,7 @@ from mlx.utils import tree_flatten
 from . import config, drift, fetching, registry
 from .families import LOADING_MODULE, Family
 from .handles import Patch
+from .loading import files_of, loading
 from .registry import MLX, ModelStatus
 from .sharing import not_computed
 
@@ -162,14 +163,14 @@ def pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
         found = {name: attrgetter(name)(parent) for parent, name in dead(family, owner, stage)}
         if rank != 0:
             found["norm"] = stage.norm
-        fetching.loading.part = part(family, owner, stage)
+        loading.part = part(family, owner, stage)
         for name, module in found.items():
             _note(module, name, f"{name} of {family.name} on rank {rank}")
         _raise_if_needed(owner)
         references = {k: weakref.ref(m) for k, m in found.items() if _left(m)}
         new = Pipelined(weakref.ref(owner), family, rank, ranks, references)
         _pipelined[:] = [*(p for p in models() if p.owner() is not owner), new]
-        fetching.loading.model = new
+        loading.model = new
     return result
 
 
@@ -201,12 +202,12 @@ def needed(family: Family, owner: Any, logits: bool = True) -> list[Any]:
 
 def _note(module: Any, name: str, where: str) -> None:
     """Note what a module has on disk; NaN takes the place of weights that no file has."""
-    files, missing = fetching.files_of(name)
+    files, missing = files_of(name)
     absent = bool(missing) and all(map(_is_new, _arrays(module).values()))
     if absent:
         _put_nan(module)
     if absent or name != "norm":
-        repo = fetching.loading.repo if fetching.loading.is_open else ""
+        repo = loading.repo if loading.is_open else ""
         vars(module)["_skiphead"] = Left(name, where, repo, missing or files, absent)
 
 
@@ -220,7 +221,7 @@ def embedded_type() -> str:
 
     The ranks without it receive hidden states of that type.
     """
-    loaded: Pipelined | None = fetching.loading.model
+    loaded: Pipelined | None = loading.model
     owner = loaded and loaded.owner()
     if loaded is None or owner is None:
         return ""
@@ -231,7 +232,7 @@ def embedded_type() -> str:
 
 def embed_as(name: str) -> None:
     """Let NaN in the place of weights be of the type that another rank embeds in."""
-    loaded: Pipelined | None = fetching.loading.model
+    loaded: Pipelined | None = loading.model
     kind = getattr(mx, name, None)
     for reference in loaded.dead.values() if loaded and kind else ():
         module: Any = reference()
@@ -243,10 +244,10 @@ def embed_as(name: str) -> None:
 
 def _raise_if_needed(owner: Any) -> None:
     """What could not be opened is no error, unless a weight is missing that this rank needs."""
-    for error in fetching.loading.unreadable.values():
+    for error in loading.unreadable.values():
         if any(map(_is_new, weights_of(owner).values())):
             raise error
-    fetching.loading.unreadable = {}
+    loading.unreadable = {}
 
 
 def bring(family: Family, owner: Any, *parts: Any, read: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint a rank needs, by its index: what `sharded_load` fetches, and opens.
+"""Which files of a checkpoint a rank needs, by its index; and fetching one that it needs after all.
 
 mlx-lm's `sharded_load` lets each rank fetch the files of its layers and every file with a weight
 outside the layers. Of these a rank needs none that has only what it never uses. Where this cannot
@@ -12,22 +12,15 @@ embedding are tied), rank 1 fetches 2 and 3 (unpatched all), rank 2 fetches 1 an
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import sys
-import threading
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import mlx.core as mx
-
-from .drift import anything
 from .families import LOADING_MODULE
-from .handles import Patch
-from .registry import MLX
 
 INDEX = "model.safetensors.index.json"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # as in sharded_load
@@ -54,24 +47,6 @@ class Part(NamedTuple):
             )
         }
         return {file for file in files if file in used or file not in weight_map.values()}
-
-
-class _Loading(threading.local):
-    """A call of mlx-lm's `sharded_load`, while it lasts."""
-
-    is_open = False
-    repo = ""
-    folder = ""
-    """Of the checkpoint; also after other ways to load one."""
-    part: Part | None = None
-    """What this rank has, once that is known."""
-    model: Any = None
-    """Of it, what `dead_weights` notes."""
-    unreadable: dict[str, Exception] = {}  # noqa: RUF012
-    """Files of weights that could not be opened, which is an error if they are needed."""
-
-
-loading = _Loading()
 
 
 def weight_map(folder: str | Path) -> dict[str, str]:
@@ -112,69 +87,6 @@ def unpatched(layers: range, weight_map: dict[str, str]) -> set[str]:
     }
 
 
-def files_of(name: str) -> tuple[list[str], list[str]]:
-    """The files of the checkpoint that is being loaded with a module's weights; those not there."""
-    index = weight_map(loading.folder)
-    part = loading.part
-    found = {index[key] for key in keys_of(name, part.embedding, index)} if part else ()
-    paths = sorted({os.path.join(loading.folder, p) for p in found or index.values()})
-    unreadable = loading.unreadable.keys()
-    is_missing = (loading.is_open and (p in unreadable or not os.path.exists(p)) for p in paths)
-    return paths, [path for path, missing in zip(paths, is_missing, strict=True) if missing]
-
-
-def sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of `mlx_lm.utils.sharded_load`: a file of dead weights only need not be there."""
-    repo = str(args[0] if args else kwargs.get("repo", ""))
-    vars(loading).update(is_open=True, repo=repo, unreadable={})
-    try:
-        loaded = wrapped(*args, **kwargs)
-        for error in loading.unreadable.values():
-            raise error  # there is no pipeline, which would have looked whether it is needed
-        return loaded
-    finally:
-        vars(loading).clear()
-
-
-def download(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of `mlx_lm.utils._download`: for a rank of a pipeline, the files that it needs.
-
-    Only where `sharded_load` names the files, having split the model.
-    """
-    files = kwargs.get("allow_patterns")
-    if loading.is_open and loading.part is not None and files:
-        index = weight_map(loading.folder)
-        kwargs = {**kwargs, "allow_patterns": sorted(loading.part.needed(files, index))}
-    path = wrapped(*args, **kwargs)
-    if loading.is_open:
-        loading.folder = os.path.abspath(path)
-    return path
-
-
-def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of `mx.load`: lazy arrays that any thread may evaluate.
-
-    In mlx from 0.32 on an array belongs to the thread that made it, until it is evaluated.
-    """
-    if not (args and isinstance(args[0], str | os.PathLike)):
-        return wrapped(*args, **kwargs)
-    path = os.path.abspath(args[0])
-    loading.folder = os.path.dirname(path)
-    try:
-        return wrapped(*args, **{**_any_thread(), **kwargs})
-    except Exception as error:
-        if not loading.is_open:
-            raise
-        loading.unreadable[path] = error
-        return {}
-
-
-@functools.cache
-def _any_thread() -> dict[str, Any]:
-    make = getattr(mx, "new_thread_unsafe_stream", None)
-    return {"stream": make(mx.cpu)} if make else {}
-
-
 def fetch(repo: str, paths: list[str]) -> None:
     """Bring files of a checkpoint that are not in its folder, with mlx-lm's own download.
 
@@ -199,10 +111,3 @@ def fetch(repo: str, paths: list[str]) -> None:
             command = "modelscope download --model" if is_modelscope else "hf download"
             hint = f"it is not there; `{command} {repo} {revision}{' '.join(names)}` brings it"
         raise FileNotFoundError(hint) from error
-
-
-PATCHES = (
-    Patch(MLX, MLX, "load", load, anything, "a head is read in the thread that loaded it"),
-    Patch(MLX, LOADING_MODULE, "sharded_load", sharded_load, anything, "all files must be there"),
-    Patch(MLX, LOADING_MODULE, "_download", download, anything, "the head's files are fetched"),
-)

@@ -68,9 +68,9 @@ _strict = False
 @functools.cache
 def table() -> tuple[Patch, ...]:
     """Every patch, one row each."""
-    from . import agreement, dead_weights, fetching, head, loops
+    from . import agreement, dead_weights, head, loading, loops
 
-    parts = (head, agreement, fetching, dead_weights, loops)
+    parts = (head, agreement, loading, dead_weights, loops)
     rows = [row for part in parts for row in part.PATCHES]
     for family in FAMILIES:
         if not family.is_alias:
