@@ -16,7 +16,7 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 from . import drift
-from .families import BY_NAME, Family
+from .families import BY_NAME, FAMILIES, Family
 from .handles import Handle
 
 log = logging.getLogger("mlx_lm_skiphead")
@@ -132,19 +132,22 @@ def split_of(model: Any) -> Split | None:
 def owner_of(stage: Any) -> Split | None:
     """The head owner that a pipelined model is a part of, if its family is patched.
 
-    A pipelined model does not know what it is a part of: this looks among all objects, which
-    takes some 20 ms.
+    A pipelined model does not know what it is a part of: this looks for what refers to it, which
+    takes some 20 ms. Not among all objects: to hold a tuple that another thread is making breaks
+    it there.
     """
     with lock:
         names = [name for name, outcome in outcomes.items() if outcome.model]
         families = [BY_NAME[name] for name in names if target(name).state == "patched"]
-    classes = [getattr(sys.modules[f.module], f.head_class) for f in families]
-    for thing in gc.get_objects():
-        for family, head_class in zip(families, classes, strict=True):
-            # By type(): asking some objects for their __class__ runs code of theirs.
-            if issubclass(type(thing), head_class):
+    found = [stage]
+    for _ in range(max(family.stage.count(".") for family in FAMILIES) + 1):
+        # By type(): asking some objects for their __class__ runs code of theirs.
+        found = [a for a in gc.get_referrers(*found) if issubclass(type(a), dict)]
+        for family in families:
+            head_class = getattr(sys.modules[family.module], family.head_class)
+            for thing in found:
                 with suppress(AttributeError):  # it is being built
-                    if family.stage_of(thing) is stage:
+                    if issubclass(type(thing), head_class) and family.stage_of(thing) is stage:
                         return Split(family, thing, stage)
     return None
 

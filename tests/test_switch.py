@@ -261,6 +261,37 @@ def test_one_rank_is_unchanged():
     )
 
 
+def test_setting_up_a_pipeline_breaks_nothing_in_other_threads():
+    """A tuple that is being made breaks if its maker is not the only one to hold it."""
+    run(
+        """
+        import sys, threading
+        import mlx_lm_skiphead
+        import tiny_models
+        from mlx_lm_skiphead import registry
+
+        mlx_lm_skiphead.install()
+        model = tiny_models.make("deepseek_v3")
+        sys.setswitchinterval(1e-5)
+        failed, stop = [], threading.Event()
+
+        def make_tuples():
+            try:
+                while not stop.is_set():
+                    tuple(number for number in range(30))
+            except SystemError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=make_tuples)
+        thread.start()
+        assert all(registry.owner_of(model.model).owner is model for _ in range(50))
+        stop.set()
+        thread.join()
+        assert not failed, failed
+        """
+    )
+
+
 REPLACED = """
     import functools, importlib
     import mlx_lm_skiphead
