@@ -33,7 +33,7 @@ from .registry import MLX, SkipheadError
 
 log = logging.getLogger("mlx_lm_skiphead")
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Of `_exchanged`: plugins of another one must not get as far as that."""
 MARK = 4096 + PROTOCOL
 """What a rank with the plugin adds to the sum besides its one. Sums of it are exact in float32, for

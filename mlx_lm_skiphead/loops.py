@@ -104,7 +104,7 @@ class _Speculation:
             mine = mx.concatenate([self._tokens, sampled])
             if run.is_worker:  # whose ids count for nothing
                 mine = mx.broadcast_to(sampled[:1], (positions,))
-            elif run.failure is not None:
+            elif run.failures:
                 mine = mx.zeros((positions,), mx.uint32)
             elif mine.size < positions:
                 self._tokens = mine
@@ -123,7 +123,7 @@ class _Speculation:
         Waits for the share, as upstream does next.
         """
         share = self._run.shares[-1]
-        if self._run.failure is not None:  # a worker's, after it had shared
+        if self._run.failures:  # a worker's, after it had shared
             self._run.shares[-1] = share._replace(key=self._run.key)
         drafts = [row[share.size + 1 :] for row in share.rows()]
         self._run.check(in_flight=0)
@@ -220,7 +220,7 @@ def batch_extend(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     elif theirs is not None:
         mine.shares.extend(theirs.shares)
         mine.last = mine.last if theirs.last is None else theirs.last
-        mine.failure = mine.failure or theirs.failure
+        mine.failures.update(theirs.failures)
 
 
 def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -35,8 +35,10 @@ Sampling = Callable[..., mx.array]
 """A sampler, which gives ids ``(B,)`` of logprobs ``(B, V)``, or a logits processor, which gives
 logits ``(1, V)`` of the ids so far and logits."""
 
-FINE, FAILED = 0x534B4950, 0x4641494C
-"""What a rank says of its sampling: no number that a rank without the plugin would send."""
+FINE, FAILED = 0x534B4950, 0x46410000
+"""What a rank says of its sampling: no number that a rank without the plugin would send. To the
+second it adds which call of a sampler or a logits processor failed, below `CALLS`."""
+CALLS = 1 << 16
 COMPUTED_EVERY = 32
 """Steps after which a worker computes what it sampled itself, so that the graph of a sampler's own
 state (a random key, say) does not grow for ever."""
@@ -90,8 +92,9 @@ class Run:
         """Ids that the last forward pass was given, ``(B, L)``."""
         self.vocabulary = 0
         """The width of its logits."""
-        self.failure: BaseException | None = None
-        """What a sampler or a logits processor has raised on this rank and all are to raise."""
+        self.failures: dict[int, BaseException] = {}
+        """What samplers and logits processors have raised on this rank, by number of the call. It
+        is raised if rank 0 has failed too."""
         self.has_failed = False
         """Whether all have."""
         self.shares: deque[Share] = deque()
@@ -99,6 +102,10 @@ class Run:
         self.last: mx.array | None = None
         """The last share."""
         self._is_sampling = False
+        self._call = 0
+        """The number of the last call of a sampler or a logits processor."""
+        self._leaves_at: int | None = None
+        """That of a call to come in which rank 0 has failed, and all are to leave."""
         self._calls = ""
         """What of the program's is being called, if anything."""
         self.key: mx.array | None = None
@@ -145,15 +152,16 @@ class Run:
             self.sent.clear()
         if not self._is_sampling:
             self._early = None
-            self.key = self.key if self.failure else _random_key()
+            self.key = self.key if self.failures else _random_key()
 
     def share(self, tokens: mx.array, compare: mx.array | None = None) -> mx.array:
         """Give every rank the ids that rank 0 sampled: the token share.
 
         What a worker adds depends on its own sends and on nothing else, so that they happen. Each
-        rank adds whether it failed to sample. Where all did, each raises its own error here, as
-        upstream would; where only rank 0 and some others did, `check` raises in the next step;
-        where only workers did, they go on, since the ids are rank 0's anyway.
+        rank adds at which call it failed to sample, if it did. Where all did, all leave at the call
+        that failed on rank 0, as upstream would, each with its own error of that call; where only
+        rank 0 and some others did, `check` raises in the next step; where only workers did, they go
+        on, since the ids are rank 0's anyway.
 
         Args:
             tokens: ids, of a shape that is the same on all ranks; only rank 0's count.
@@ -164,6 +172,8 @@ class Run:
         """
         if self._early is not None:
             early, self._early = self._early, None
+            if self._leaves_at is not None:
+                self._raise(self.shares[-1])
             return early.reshape(tokens.shape).astype(tokens.dtype)
         if not self.sent:
             raise RuntimeError(
@@ -171,14 +181,14 @@ class Run:
                 "taken the place of mlx-lm-skiphead's. Unset MLX_LM_SKIPHEAD on all ranks, or "
                 "import that package first."
             )
-        size, failed = tokens.size, self.failure is not None
+        size, word = tokens.size, FINE
+        for call in reversed(self.failures):
+            word = FAILED + call % CALLS  # of the first
         sent, self.sent = self.sent, []
         # On the CPU's stream: the GPU is waited for once, as for upstream's broadcast.
         with mx.stream(mx.cpu):
-            if self.is_worker or failed:
-                mine = mx.depends(
-                    mx.array([0] * size + [FAILED if failed else FINE], mx.uint32), sent
-                )
+            if self.is_worker or self.failures:
+                mine = mx.depends(mx.array([0] * size + [word], mx.uint32), sent)
             else:
                 # Also where a sampler's ids do not come from logits: first the receive, then this.
                 ids = mx.depends(tokens.flatten().astype(mx.uint32), sent)
@@ -192,7 +202,7 @@ class Run:
         # On the stream that upstream's sends and receives take too: their order is the protocol.
         everyone = self.last = mx.distributed.all_gather(mine, *args, **kwargs)
         self.shares.append(Share(everyone, size, mine.size, self.key))
-        if failed:
+        if self.failures:
             self._settle(self.shares[-1])
         self._steps, self._batch = self._steps + 1, size
         if not self.is_worker and self.owner is not None:
@@ -228,20 +238,26 @@ class Run:
         """
 
         def call(*args: mx.array) -> mx.array:
-            if self.failure is not None and not self.is_worker:
+            self._call += 1
+            if self.failures and not self.is_worker:
                 return otherwise(*args)
+            error: BaseException | None = None
             before, self._is_sampling = self._is_sampling, True
             try:
                 with self._calling("a sampler or a logits processor"):
-                    return function(*args)
-            except BaseException as error:
-                if self.failure is None:
-                    self.failure, self.key = error, _random_key()
-                if self.fails_at_once and self.sent:
-                    self._early = self.share(mx.zeros(self.sent[-1].shape[:1], mx.uint32))
-                return otherwise(*args)
+                    result = function(*args)
+            except BaseException as why:
+                error, result = why, otherwise(*args)
             finally:
                 self._is_sampling = before
+            if error is not None:
+                self.key = self.key if self.failures else _random_key()
+                self.failures[self._call] = error
+            if self._call == self._leaves_at:
+                self._raise(self.shares[-1]._replace(key=None))
+            if error is not None and self.fails_at_once and self.sent:
+                self._early = self.share(mx.zeros(self.sent[-1].shape[:1], mx.uint32))
+            return result
 
         return call
 
@@ -264,26 +280,34 @@ class Run:
 
     def _settle(self, share: Share) -> None:
         """This rank failed to sample: raise if all did, go on if rank 0 did not. Waits for that."""
-        failed = [row[share.size] == FAILED for row in share.rows()]
-        if all(failed):
-            self._raise(share)
-        if not failed[0]:
+        words = share.words()
+        if FINE not in words:
+            ahead = (words[0] - FAILED - self._call) % CALLS
+            if not 0 < ahead < CALLS // 2:
+                self._raise(share)
+            self._leaves_at = self._call + ahead
+        elif words[0] == FINE:
             if not self._has_warned:
                 log.warning(
                     "A sampler or a logits processor failed on this rank only, where the logits "
                     "are NaN (%r). That changes nothing: the tokens are rank 0's.",
-                    self.failure,
+                    next(iter(self.failures.values())),
                 )
-            self._has_warned, self.failure = True, None
+            self._has_warned = True
+            self.failures.clear()
 
     def _raise(self, share: Share) -> None:
         if self.is_worker and share.key is not None:
             numbers: Any = share.key.tolist()  # rank 0 has drawn no more since then
             mx.random.seed(numbers[0] << 32 | numbers[1])
+        call = share.words()[0] - FAILED
+        errors = [error for number, error in self.failures.items() if number % CALLS == call]
         self.shares.clear()
-        self.has_failed = True
-        error, self.failure = self.failure, None
-        raise error or RuntimeError(
+        self.failures.clear()
+        self._leaves_at, self.has_failed = None, True
+        if errors:
+            raise errors[0]
+        raise RuntimeError(
             "A sampler or a logits processor failed on rank 0; the error is in the output of that "
             "rank."
         )
@@ -296,9 +320,7 @@ class Run:
         """
         while len(self.shares) > in_flight:
             share = self.shares[0]
-            if (self.is_worker or self.failure is not None) and share.rows()[0][
-                share.size
-            ] == FAILED:
+            if (self.is_worker or self.failures) and share.words()[0] != FINE:
                 self._raise(share)
             self.shares.popleft()
 
@@ -333,7 +355,10 @@ class Share(NamedTuple):
             RuntimeError: if a rank has put something else into it.
         """
         rows: Any = self.everyone.reshape(-1, self.width).tolist()
-        odd = [rank for rank, row in enumerate(rows) if row[self.size] not in (FINE, FAILED)]
+        words = [row[self.size] for row in rows]
+        odd = [
+            i for i, word in enumerate(words) if word != FINE and word // CALLS * CALLS != FAILED
+        ]
         if odd:
             raise RuntimeError(
                 f"What rank {odd[0]} has sent is no token share: mlx-lm-skiphead is off there, or "
@@ -341,6 +366,10 @@ class Share(NamedTuple):
                 "mlx-lm-skiphead."
             )
         return rows  # type: ignore[no-any-return]
+
+    def words(self) -> list[int]:
+        """What each rank says of its sampling. Waits for it."""
+        return [row[self.size] for row in self.rows()]
 
 
 @contextmanager

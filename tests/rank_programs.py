@@ -283,16 +283,28 @@ def done():
     return told
 
 
+def looks(context, logits):
+    """A processor that cannot do with NaN."""
+    int(logits[0, 0].item())
+    return logits
+
+
 def errors():
+    """What all ranks raise in one call; beside what only workers raise, before that and after."""
     model, told = load(), []
     for error in (SystemExit, Stop, ValueError):
-        for options in ({}, {"sampler": make_sampler(0.8)}):
+        for before, after, options in (
+            ([], [], {}),
+            ([], [], {"sampler": make_sampler(0.8)}),
+            ([looks], [], {}),
+            ([], [looks], {"sampler": make_sampler(0.8)}),
+        ):
             seen = []
             try:
                 for token, _ in loops.generate_step(
                     mx.array(PROMPT),
                     model,
-                    logits_processors=[stopping_at(3, error)],
+                    logits_processors=[*before, stopping_at(3, error), *after],
                     **options,
                 ):
                     seen.append(token)
