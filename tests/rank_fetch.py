@@ -138,7 +138,7 @@ def repo(group):
 
 def main(tasks):
     logging.getLogger("mlx_lm_skiphead").addHandler(Said())
-    group = mx.distributed.init()
+    group = ranks.join()
     told = []
     for task in tasks:
         repo = task["repo"].replace("RANK", str(group.rank()))

@@ -25,6 +25,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import ranks
 import tiny_checkpoint
 import tiny_models
 from fuzz import BOTH, CHANGING, write
@@ -87,7 +88,7 @@ class Lab:
     """What a rank keeps from one program to the next."""
 
     def __init__(self, folder):
-        self.group = mx.distributed.init()
+        self.group = ranks.join()
         self.rank = self.group.rank()
         self.folder = folder
         self.own = folder / f"own-{self.rank}"

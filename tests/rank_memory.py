@@ -112,7 +112,7 @@ def refused(model, rank):
 
 
 def run(task):
-    group = mx.distributed.init()
+    group = ranks.join()
     rank = group.rank()
     gc.collect()
     mx.clear_cache()  # a buffer from it may be larger than what it is used for

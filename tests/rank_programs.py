@@ -32,7 +32,7 @@ from mlx_lm_skiphead import rank_zero_head, share_tokens
 loops = importlib.import_module("mlx_lm.generate")
 UNTIED, TIED, NEXT = map(Path, sys.argv[1:4])
 PROMPT = tiny_models.PROMPTS[1]
-GROUP = mx.distributed.init()
+GROUP = ranks.join()
 RANK = GROUP.rank()
 OWN = Path(os.environ["RANK_RESULTS"], f"own-{RANK}")  # a folder of this rank's
 

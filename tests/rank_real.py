@@ -42,7 +42,7 @@ def run_module(module: str, *arguments: str, typed: str = "") -> str:
 
 
 def main(path: str) -> None:
-    group = mx.distributed.init()
+    group = ranks.join()
     if group.size() > 1:
         model, tokenizer = sharded_load(path, pipeline_group=group)
     else:
