@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import config, watch
+from . import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
 
@@ -49,8 +49,6 @@ class _PerThread(threading.local):
     """The run whose step this thread is building."""
     forward: Any = None
     """The forward pass of a pipelined model that is being built (head.py)."""
-    own: Run | None = None
-    """That of `rank_zero_head` and `share_tokens`."""
 
 
 this_thread = _PerThread()
@@ -94,7 +92,9 @@ class Run:
         """The width of its logits."""
         self.failures: dict[int, BaseException] = {}
         """What samplers and logits processors have raised on this rank, by number of the call. It
-        is raised if rank 0 has failed too."""
+        is raised if rank 0 has failed in that call."""
+        self._past: dict[int, BaseException] = {}
+        """On a worker, that of the step before, whose share `check` has yet to look at."""
         self.has_failed = False
         """Whether all have."""
         self.shares: deque[Share] = deque()
@@ -152,6 +152,8 @@ class Run:
             self.sent.clear()
         if not self._is_sampling:
             self._early = None
+            if self.is_worker and self.fails_at_once:
+                self._past, self.failures = self.failures, {}
             self.key = self.key if self.failures else _random_key()
 
     def share(self, tokens: mx.array, compare: mx.array | None = None) -> mx.array:
@@ -301,7 +303,8 @@ class Run:
             numbers: Any = share.key.tolist()  # rank 0 has drawn no more since then
             mx.random.seed(numbers[0] << 32 | numbers[1])
         call = share.words()[0] - FAILED
-        errors = [error for number, error in self.failures.items() if number % CALLS == call]
+        raised = self._past | self.failures
+        errors = [error for number, error in raised.items() if number % CALLS == call]
         self.shares.clear()
         self.failures.clear()
         self._leaves_at, self.has_failed = None, True
@@ -323,6 +326,8 @@ class Run:
             if (self.is_worker or self.failures) and share.words()[0] != FINE:
                 self._raise(share)
             self.shares.popleft()
+        if not self.shares:
+            self.failures.clear()
 
     def finish(self, stream: Any) -> None:
         """Wait for the last step, so that no rank leaves while another is still sending.
@@ -370,75 +375,6 @@ class Share(NamedTuple):
     def words(self) -> list[int]:
         """What each rank says of its sampling. Waits for it."""
         return [row[self.size] for row in self.rows()]
-
-
-@contextmanager
-def rank_zero_head() -> Iterator[None]:
-    """Skip the head on workers in a generation loop of your own.
-
-    A pipelined model that is called in the ``with`` block gives its logits ``(B, L, V)`` on rank 0,
-    and on the other ranks NaN of that shape. Sample, and give the tokens to `share_tokens`: every
-    rank goes on with rank 0's. There may be several calls for a token, in one block or in more. A
-    call that only fills the cache needs no sharing; evaluate the cache then, as mlx-lm's loops do.
-
-    All ranks must do the same. Where the plugin is off or the model is not patched, a call is
-    upstream's. A loop of mlx-lm needs none of this, and is not affected by it.
-    """
-    if config.active == "off":
-        yield
-        return
-    with during(run=_own_run()):
-        yield
-
-
-def share_tokens(tokens: mx.array) -> mx.array:
-    """Give every rank rank 0's tokens, with one collective; for a loop of your own.
-
-    On one rank, `tokens` itself. Otherwise all ranks must call it, after each step, whether the
-    plugin is on or off. The exchange begins at once, whether its result is used or not.
-
-    Args:
-        tokens: ids, integers of any shape. The shape must be the same on all ranks; of the ids
-            only rank 0's count, those of the others are not even computed.
-
-    Returns:
-        Rank 0's ids, in the shape and type of `tokens`, on every rank.
-
-    Raises:
-        TypeError: if `tokens` is no array of integers.
-        ValueError: if it has another batch size than the model call before it.
-        RuntimeError: inside a loop of mlx-lm, which shares tokens itself.
-    """
-    if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
-        given = tokens.dtype if isinstance(tokens, mx.array) else type(tokens).__name__
-        raise TypeError(f"share_tokens() takes an array of token ids, integers, not {given}.")
-    if this_thread.run is not None:
-        raise RuntimeError(
-            "share_tokens() was called inside a rank_zero_head() block or a loop of mlx-lm. Call "
-            "it behind the block; loops of mlx-lm share their tokens themselves."
-        )
-    if mx.distributed.init().size() == 1:
-        return tokens
-    run = _own_run()
-    if config.active == "off":
-        run.sent = []
-    if run.sent and (tokens.ndim == 0 or tokens.shape[0] != run.sent[-1].shape[0]):
-        raise ValueError(
-            f"share_tokens() got tokens of shape {tokens.shape} after a model call with a batch of "
-            f"{run.sent[-1].shape[0]}. The shape must be the same on all ranks, the batch first."
-        )
-    run.sent = run.sent or [tokens]
-    shared = run.share(tokens)
-    run.shares.clear()
-    mx.async_eval(shared)  # type: ignore[no-untyped-call]
-    return shared
-
-
-def _own_run() -> Run:
-    if this_thread.own is None:
-        group = mx.distributed.init()
-        this_thread.own = Run(None, group.rank(), group.size())
-    return this_thread.own
 
 
 def not_computed(array: mx.array, after: list[mx.array] | None = None) -> mx.array:

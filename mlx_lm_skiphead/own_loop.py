@@ -1,0 +1,88 @@
+"""For a generation loop of the user's own: `rank_zero_head` and `share_tokens`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+from . import config
+from .sharing import Run, during, this_thread
+
+
+class _Own(threading.local):
+    run: Run | None = None
+
+
+_own = _Own()
+
+
+@contextmanager
+def rank_zero_head() -> Iterator[None]:
+    """Skip the head on workers in a generation loop of your own.
+
+    A pipelined model that is called in the ``with`` block gives its logits ``(B, L, V)`` on rank 0,
+    and on the other ranks NaN of that shape. Sample, and give the tokens to `share_tokens`: every
+    rank goes on with rank 0's. There may be several calls for a token, in one block or in more. A
+    call that only fills the cache needs no sharing; evaluate the cache then, as mlx-lm's loops do.
+
+    All ranks must do the same. Where the plugin is off or the model is not patched, a call is
+    upstream's. A loop of mlx-lm needs none of this, and is not affected by it.
+    """
+    if config.active == "off":
+        yield
+        return
+    with during(run=_own_run()):
+        yield
+
+
+def share_tokens(tokens: mx.array) -> mx.array:
+    """Give every rank rank 0's tokens, with one collective; for a loop of your own.
+
+    On one rank, `tokens` itself. Otherwise all ranks must call it, after each step, whether the
+    plugin is on or off. The exchange begins at once, whether its result is used or not.
+
+    Args:
+        tokens: ids, integers of any shape. The shape must be the same on all ranks; of the ids
+            only rank 0's count, those of the others are not even computed.
+
+    Returns:
+        Rank 0's ids, in the shape and type of `tokens`, on every rank.
+
+    Raises:
+        TypeError: if `tokens` is no array of integers.
+        ValueError: if it has another batch size than the model call before it.
+        RuntimeError: inside a loop of mlx-lm, which shares tokens itself.
+    """
+    if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
+        given = tokens.dtype if isinstance(tokens, mx.array) else type(tokens).__name__
+        raise TypeError(f"share_tokens() takes an array of token ids, integers, not {given}.")
+    if this_thread.run is not None:
+        raise RuntimeError(
+            "share_tokens() was called inside a rank_zero_head() block or a loop of mlx-lm. Call "
+            "it behind the block; loops of mlx-lm share their tokens themselves."
+        )
+    if mx.distributed.init().size() == 1:
+        return tokens
+    run = _own_run()
+    if config.active == "off":
+        run.sent = []
+    if run.sent and (tokens.ndim == 0 or tokens.shape[0] != run.sent[-1].shape[0]):
+        raise ValueError(
+            f"share_tokens() got tokens of shape {tokens.shape} after a model call with a batch of "
+            f"{run.sent[-1].shape[0]}. The shape must be the same on all ranks, the batch first."
+        )
+    run.sent = run.sent or [tokens]
+    shared = run.share(tokens)
+    run.shares.clear()
+    mx.async_eval(shared)  # type: ignore[no-untyped-call]
+    return shared
+
+
+def _own_run() -> Run:
+    if _own.run is None:
+        group = mx.distributed.init()
+        _own.run = Run(None, group.rank(), group.size())
+    return _own.run
