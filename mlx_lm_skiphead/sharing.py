@@ -359,7 +359,9 @@ class Share(NamedTuple):
         Raises:
             RuntimeError: if a rank has put something else into it.
         """
-        rows: Any = self.everyone.reshape(-1, self.width).tolist()
+        # No operation of MLX, which would wait behind the step that has been begun since then.
+        numbers: Any = self.everyone.tolist()
+        rows = [numbers[at : at + self.width] for at in range(0, len(numbers), self.width)]
         words = [row[self.size] for row in rows]
         odd = [
             i for i, word in enumerate(words) if word != FINE and word // CALLS * CALLS != FAILED
@@ -370,7 +372,7 @@ class Share(NamedTuple):
                 "of another version. All ranks must have the same MLX_LM_SKIPHEAD, mlx-lm and "
                 "mlx-lm-skiphead."
             )
-        return rows  # type: ignore[no-any-return]
+        return rows
 
     def words(self) -> list[int]:
         """What each rank says of its sampling. Waits for it."""
