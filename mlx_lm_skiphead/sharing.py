@@ -106,7 +106,7 @@ class Run:
         """The number of the last call of a sampler or a logits processor."""
         self._leaves_at: int | None = None
         """That of a call to come in which rank 0 has failed, and all are to leave."""
-        self._calls = ""
+        self._busy_with = ""
         """What of the program's is being called, if anything."""
         self.key: mx.array | None = None
         """Of `mx.random`, when the step began or when this rank failed in it."""
@@ -131,7 +131,7 @@ class Run:
         behind = f"hidden states of rank {self.rank + 1}" if self.rank + 1 < self.ranks else ""
         token = "rank 0's token" if self.is_worker else ""
         where = f"step {self._steps}, batch {self._batch}" if self._steps else "prompt"
-        what = self._calls or " or ".join(filter(None, (behind, token if self._steps else "")))
+        what = self._busy_with or " or ".join(filter(None, (behind, token if self._steps else "")))
         what = what or f"rank {self.rank - 1} to take its hidden states"
         return f"rank {self.rank} of {self.ranks}, {where}: {seconds:.0f} s for {what}"
 
@@ -183,9 +183,8 @@ class Run:
                 "taken the place of mlx-lm-skiphead's. Unset MLX_LM_SKIPHEAD on all ranks, or "
                 "import that package first."
             )
-        size, word = tokens.size, FINE
-        for call in reversed(self.failures):
-            word = FAILED + call % CALLS  # of the first
+        size, first = tokens.size, next(iter(self.failures), None)
+        word = FINE if first is None else FAILED + first % CALLS
         sent, self.sent = self.sent, []
         # On the CPU's stream: the GPU is waited for once, as for upstream's broadcast.
         with mx.stream(mx.cpu):
@@ -274,11 +273,11 @@ class Run:
 
     @contextmanager
     def _calling(self, what: str) -> Iterator[None]:
-        before, self._calls = self._calls, f"{what} of the program"
+        before, self._busy_with = self._busy_with, f"{what} of the program"
         try:
             yield
         finally:
-            self._calls = before
+            self._busy_with = before
 
     def _settle(self, share: Share) -> None:
         """This rank failed to sample: raise if all did, go on if rank 0 did not. Waits for that."""
