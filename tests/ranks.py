@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import warm
+
 TESTS = Path(__file__).resolve().parent
 
 # Of the caller's environment these do not reach the ranks, unless asked for.
@@ -145,7 +147,8 @@ def launch(
             launcher, ranks, rank_environment(env, folder), mpirun=mpirun
         )
         # By its path alone: the mlx.launch of mlx 0.31 takes a path to Python for the script.
-        python = ["--python", sys.executable, "--"] if launcher == "ring" else [sys.executable]
+        python = [python_for(env)] if launcher == "ring" else [sys.executable]
+        python = ["--python", *python, "--"] if launcher == "ring" else python
         command += [*python, str(Path(script).resolve()), *args]
 
         run = Run(command, folder, ranks)
@@ -168,7 +171,7 @@ def alone(
     With `check` a nonzero exit is an AssertionError too.
     """
     with run_folder() as folder:
-        run = Run([sys.executable, str(script), *args], folder, ranks=1)
+        run = Run([python_for(env), str(Path(script).resolve()), *args], folder, ranks=1)
         environment = {"TMPDIR": str(folder)} | rank_environment(env, folder)
         exit_code = run.wait(inherited() | environment, timeout)
         if check:
@@ -310,6 +313,12 @@ def mlx_launch() -> list[str]:
     if beside.exists():
         return [str(beside)]
     return [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+
+
+def python_for(env: Mapping[str, str] | None) -> str:
+    """A warm Python, unless `env` has what is read when a process begins or imports a package."""
+    is_cold = any(name.startswith(("PYTHON", "HF_", "LD_", "AUTOWRAPT")) for name in env or {})
+    return sys.executable if is_cold else warm.python()
 
 
 def inherited() -> dict[str, str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ranks
+import warm
 
 if TYPE_CHECKING:
     import openai
@@ -36,17 +37,18 @@ _EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception|Interrupt)\b.*", re.MULTILIN
 _CLIENT_LEFT = ("BrokenPipeError", "ConnectionResetError")  # it says so, and serves on
 
 _RANK = (
-    "import runpy, serving; serving.count_heads(); "
+    "import ranks, runpy, serving; ranks.join(); serving.count_heads(); "
     "runpy.run_module({!r}, run_name='__main__', alter_sys=True)"
 )
 
 
-def command(arguments: list[str], count: int, plugin: bool) -> list[str]:
+def command(arguments: list[str], count: int, plugin: bool, launcher: str) -> list[str]:
     """What each of `count` ranks runs: the server with its `arguments`."""
+    python = warm.python() if launcher == "ring" else sys.executable
     module, *rest = ["mlx_lm_skiphead", "run", "mlx_lm.server"] if plugin else ["mlx_lm.server"]
     if count == 1:
-        return [sys.executable, "-m", module, *rest, *arguments]
-    return [sys.executable, "-c", _RANK.format(module), *rest, *arguments, "--pipeline"]
+        return [python, "-m", module, *rest, *arguments]
+    return [python, "-c", _RANK.format(module), *rest, *arguments, "--pipeline"]
 
 
 def count_heads() -> None:
@@ -147,7 +149,8 @@ def server(
         port = ranks.free_ports(1)
         variables = ranks.rank_environment(None, folder)
         environment = ranks.inherited() | variables
-        run = command(["--model", str(model), "--port", str(port), *options], count, plugin)
+        arguments = ["--model", str(model), "--port", str(port), *options]
+        run = command(arguments, count, plugin, launcher)
         if count > 1:
             launch, environment = ranks.launch_command(launcher, count, variables)
             run = [*launch, *(["--"] if launcher == "ring" else []), *run]

@@ -15,11 +15,13 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
 import tiny_checkpoint
+import warm
 
 from mlx_lm_skiphead.cli.ranks import WAYS, Ranks, free_ports
 
@@ -55,7 +57,7 @@ def decoding(model: Path, count: int, tokens: int = 32, rounds: int = 3) -> Slop
     for delay in DELAYS:
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "mlx_lm_skiphead", "bench", str(model), "-n", str(count)),
+                *(warm.python(), "-m", "mlx_lm_skiphead", "bench", str(model), "-n", str(count)),
                 *("--batch", ",".join(map(str, BATCHES)), "--tokens", str(tokens)),
                 *("--rounds", str(rounds), "--link-delay", str(delay), "--json"),
             ],
@@ -76,16 +78,18 @@ def decoding(model: Path, count: int, tokens: int = 32, rounds: int = 3) -> Slop
     return slopes
 
 
-def serving(model: Path, count: int, tokens: int = 12, requests: int = 7) -> Slopes:
+def serving(
+    model: Path, count: int, tokens: int = 12, requests: int = 7, ways: Sequence[str] = WAYS
+) -> Slopes:
     """Latencies per token of an answer of mlx_lm.server, and of a whole answer."""
-    each: dict[str, dict[int, float]] = {way: {} for way in WAYS}
-    whole: dict[str, dict[int, float]] = {way: {} for way in WAYS}
+    each: dict[str, dict[int, float]] = {way: {} for way in ways}
+    whole: dict[str, dict[int, float]] = {way: {} for way in ways}
     for delay in DELAYS:
-        for way in WAYS:
+        for way in ways:
             port = free_ports(1)[0]
             options = ["--model", str(model), "--pipeline", "--port", str(port)]
             module = ["mlx_lm_skiphead", "run"] if way == "skip" else []
-            command = [sys.executable, "-m", *module, "mlx_lm.server", *options]
+            command = [warm.python(), "-m", *module, "mlx_lm.server", *options]
             with Ranks(count, command, link_delay=delay) as ranks:
                 _wait_for(port)
                 try:

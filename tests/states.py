@@ -119,9 +119,17 @@ class Patches(RuleBasedStateMachine):
             importlib.reload(sys.modules[name])
 
 
-def skips() -> bool:
-    model = tiny_models.make(FAMILY)
+@functools.cache
+def model_of(cls):
+    """A model of the class that the family's module has now, on rank 1 of 2."""
+    model = tiny_models.make(FAMILY, num_hidden_layers=2)
+    assert type(model) is cls
     model.model.pipeline_rank, model.model.pipeline_size = 1, 2
+    return model
+
+
+def skips() -> bool:
+    model = model_of(sys.modules[MODULES["family"]].Model)
     loops = sys.modules[MODULES["loops"]]
     ((_, logprobs),) = loops.generate_step(mx.array([3, 1, 4]), model, max_tokens=1)
     finite = mx.isfinite(logprobs).tolist()

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import ranks
 import tiny_checkpoint
+import warm
 from test_demo import ranks_of
 
 from mlx_lm_skiphead.cli import main
 from mlx_lm_skiphead.cli.bench import interval
 
-BENCH = [sys.executable, "-m", "mlx_lm_skiphead", "bench"]
+BENCH = ("-m", "mlx_lm_skiphead", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def model(tmp_path_factory) -> str:
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*BENCH, *arguments],
+        [warm.python(), *BENCH, *arguments],
         capture_output=True,
         text=True,
         timeout=200,
@@ -113,7 +114,7 @@ def test_stopped(how, hosts, model, tmp_path):
         hostfile.write_text(json.dumps([{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2))
         where = ["--hostfile", str(hostfile), "--starting-port", str(ranks.free_ports(2))]
     process = subprocess.Popen(
-        [*BENCH, model, *where, "--tokens", "8", "--rounds", "100000", "--json"],
+        [sys.executable, *BENCH, model, *where, "--tokens", "8", "--rounds", "100000", "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

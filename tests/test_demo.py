@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from rich.console import Console
 
 from mlx_lm_skiphead.cli import demo, main
 
-DEMO = [sys.executable, "-m", "mlx_lm_skiphead", "demo"]
+DEMO = ("-m", "mlx_lm_skiphead", "demo")
 
 
 def ranks_of(parent: int) -> list[int]:
@@ -29,7 +30,7 @@ def ranks_of(parent: int) -> list[int]:
 
 def test_demo() -> None:
     done = subprocess.run(
-        [*DEMO, "-n", "3", "--max-tokens", "4"],
+        [warm.python(), *DEMO, "-n", "3", "--max-tokens", "4"],
         capture_output=True,
         text=True,
         timeout=400,
@@ -62,7 +63,11 @@ def test_demo() -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_demo_that_is_stopped(how: signal.Signals) -> None:
     process = subprocess.Popen(
-        DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, *DEMO],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
     assert process.stdout is not None
     while "loading" not in process.stdout.readline():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ SCRIPT = Path(__file__).with_name("states.py")
 def test_any_order_ends_in_what_status_says():
     """Of install, uninstall, other packages' wrappers and replacements, and reload."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "40"],
+        [warm.python(), str(SCRIPT), "40"],
         capture_output=True,
         text=True,
         timeout=300,
