@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import statistics
@@ -19,6 +20,7 @@ from test_demo import ranks_of
 
 from mlx_lm_skiphead.cli import main
 from mlx_lm_skiphead.cli.bench import interval
+from mlx_lm_skiphead.cli.ranks import RankFailed, Ranks, records
 
 BENCH = ("-m", "mlx_lm_skiphead", "bench")
 
@@ -33,6 +35,7 @@ def model(tmp_path_factory) -> str:
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [warm.python(), *BENCH, *arguments],
+        env={**os.environ, warm.JOIN: "1"},
         capture_output=True,
         text=True,
         timeout=200,
@@ -96,7 +99,7 @@ def test_text_and_hosts(model, tmp_path):
         *("--tokens", "4", "--rounds", "2", "--head-passes", "2", "--plan"),
     )
     assert done.returncode == 0, done.stderr
-    assert "deepseek_v3, 2 ranks, both ways in turn" in done.stdout
+    assert "deepseek_v3, 2 ranks, both ways in turn" in " ".join(done.stdout.split())
     assert "In brackets: planned, from" in done.stdout
     assert "The interval of the ratio has 50 % confidence (2 rounds)." in done.stdout
     assert "Tokens agree: on all ranks, both ways, in every round." in done.stdout
@@ -144,6 +147,23 @@ def test_stopped(how, hosts, model, tmp_path):
 def descendants(pid: int) -> list[int]:
     children = ranks_of(pid)
     return children + [p for child in children for p in descendants(child)]
+
+
+@pytest.mark.parametrize(("at", "told"), [(8192, True), (9000, False)], ids=["whole", "torn"])
+def test_what_two_ranks_print_is_told_apart(at, told, tmp_path):
+    """mlx.launch passes on pieces of 8192 bytes, now of one rank, now of another."""
+    event = {"result": {"text": " |x" * 9000}}
+    first, other = b"".join(records(0, event)), b"".join(records(1, {"result": 1}))
+    (tmp_path / "said").write_bytes(first[:at] + b"[INFO] of others\n" + other + first[at:])
+    with Ranks(1, ["cat", str(tmp_path / "said")]) as started:
+        if told:
+            assert list(started.events()) == [
+                (1, {"result": 1, "rank": 1}),
+                (0, {**event, "rank": 0}),
+            ]
+        else:
+            with pytest.raises(RankFailed, match="rank 0: a part of what it printed has been lost"):
+                list(started.events())
 
 
 def test_a_rank_that_fails(model, capfd):

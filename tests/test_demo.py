@@ -35,7 +35,7 @@ def test_demo() -> None:
         text=True,
         timeout=400,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "COLUMNS": "120"},
+        env={**os.environ, "COLUMNS": "120", warm.JOIN: "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"│ +(\d) │ (.+?) +│ +\d-\d │ +([\d.]+ → [\d.]+) │", done.stdout)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import ranks
 import tiny_checkpoint
+import warm
 
 from mlx_lm_skiphead import __version__
 from mlx_lm_skiphead.cli import main
@@ -33,7 +33,7 @@ def python(*arguments: str, folder: Path, value: str | None = None) -> subproces
     if value is not None:
         environment["MLX_LM_SKIPHEAD"] = value
     return subprocess.run(
-        [sys.executable, *arguments],
+        [warm.python(), *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -423,9 +423,10 @@ def test_ranks(tmp_path: Path) -> None:
 LINKS = ["doctor", "--links"]
 
 
-def test_a_slow_link_is_measured() -> None:
+def test_a_slow_link_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(warm.JOIN, "1")
     delay = 60.0
-    command = [sys.executable, "-m", "mlx_lm_skiphead", *LINKS, "--json"]
+    command = [warm.python(), "-m", "mlx_lm_skiphead", *LINKS, "--json"]
     said: list[str] = []
 
     class Heard(Ranks):

@@ -58,7 +58,7 @@ def test_answers_vary(right_alone):
     for case in CASES:
         tokens = [tuple(answer["tokens"]) for answer in right_alone[case]["requests"].values()]
         assert len(set(tokens)) == len(tokens), case
-        assert sum(len(set(t)) for t in tokens) > 20, case
+        assert sum(len(set(t)) for t in tokens) > 12, case
 
 
 def tokens_of(told: list[Any]) -> list[Any]:

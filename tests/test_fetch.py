@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import ranks
 import tiny_checkpoint
 import tiny_models
+from warm import python
 
 from mlx_lm_skiphead.cli import main
 
@@ -309,7 +309,7 @@ def test_plan(hub, name, count, tmp_path, capfd):
     arguments = ["plan", "-n", str(count)]
     look = [*arguments, f"tiny/{name}", "--fetch-headers", "--json"]
     looked = subprocess.run(
-        [sys.executable, "-m", "mlx_lm_skiphead", *look],
+        [python(), "-m", "mlx_lm_skiphead", *look],
         env={**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.endpoint("plan")},
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ranks
 import tiny_checkpoint
+import warm
 
 RUN = [sys.executable, "-m", "mlx_lm_skiphead", "run"]
 
@@ -74,8 +75,8 @@ def test_what_is_not_there(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["chat", "benchmark", "generate", "server"])
 def test_mlx_lm_itself(name: str, folder: Path) -> None:
-    plain = run(sys.executable, "-m", f"mlx_lm.{name}", "--help", cwd=folder)
-    ours = run(*RUN, f"mlx_lm.{name}", "--help", cwd=folder)
+    plain = run(warm.python(), "-m", f"mlx_lm.{name}", "--help", cwd=folder)
+    ours = run(warm.python(), *RUN[1:], f"mlx_lm.{name}", "--help", cwd=folder)
     assert ours.returncode == plain.returncode == 0
     assert ours.stdout == plain.stdout
 
@@ -85,8 +86,8 @@ def test_mlx_lm_generate(folder: Path) -> None:
     tiny_checkpoint.write("deepseek_v3", folder / "model")
     command = ["mlx_lm.generate", "--model", str(folder / "model"), "--prompt", "Hello"]
     command += ["--max-tokens", "5"]
-    plain = run(sys.executable, "-m", *command, cwd=folder)
-    ours = run(*RUN, *command, cwd=folder)
+    plain = run(warm.python(), "-m", *command, cwd=folder)
+    ours = run(warm.python(), *RUN[1:], *command, cwd=folder)
     assert ours.returncode == plain.returncode == 0
 
     def text(output: str) -> str:

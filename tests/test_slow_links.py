@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import slow_links
+import warm
 
 
-def test_a_token_costs_one_latency_a_rank(tmp_path: Path) -> None:
+def test_a_token_costs_one_latency_a_rank(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(warm.JOIN, "1")
     model = slow_links.write_model(tmp_path)
     for count, slopes in (
         (3, slow_links.decoding(model, 3, tokens=12, rounds=2)),

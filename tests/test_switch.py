@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import warm
 
 import mlx_lm_skiphead
 from mlx_lm_skiphead.config import SPELLINGS, VARIABLE, requested_mode
@@ -21,14 +22,16 @@ ORDERS = list(
 )
 
 
-def run(code: str, value: str | None = None, check: bool = True) -> subprocess.CompletedProcess:
+def run(
+    code: str, value: str | None = None, check: bool = True, python: str = ""
+) -> subprocess.CompletedProcess:
     """Run `code` in a new process with the variable set to `value`, or unset."""
     environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
     environment["PYTHONPATH"] = str(Path(__file__).parent)  # for tiny_models
     if value is not None:
         environment[VARIABLE] = value
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [python or warm.python(), "-c", textwrap.dedent(code)],
         env=environment,
         capture_output=True,
         text=True,
@@ -43,7 +46,8 @@ def test_import_imports_nothing_of_others(value):
     """Off nothing at all; on no more than wrapt, which waits for mlx-lm."""
     others = "{m.split('.')[0] for m in sys.modules} & {'mlx', 'mlx_lm', 'numpy', 'rich', 'wrapt'}"
     expected = "{'wrapt'}\n" if value in ("1", "hidden") else "set()\n"
-    assert run(f"import sys, mlx_lm_skiphead; print({others})", value).stdout == expected
+    code = f"import sys, mlx_lm_skiphead; print({others})"
+    assert run(code, value, python=sys.executable).stdout == expected
 
 
 def test_on_begins_when_mlx_lm_is_imported_and_hides_it_from_no_other_hook():
@@ -83,6 +87,7 @@ def test_off_registers_nothing(value):
         assert {t.state for t in (*status.families.values(), *status.loops.values())} == {"off"}
         """,
         value,
+        python=sys.executable,
     )
 
 

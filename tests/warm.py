@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 PACKAGES = ("numpy", "mlx.core", "mlx.nn", "huggingface_hub", "transformers", "jinja2")
 MESSAGE = 1 << 17
 EXECUTABLE = "WARM_PYTHON"
+JOIN = "WARM_JOIN"
+"""A variable: ranks of a ring begin with `ranks.join`, so that they do not wait by spinning."""
 
 CLIENT = """#!PYTHON -IS
 import json, os, signal, socket, sys
@@ -158,6 +160,11 @@ if __name__ == "__main__":
     first = {"-m": folder, "-c": ""}.get(what, str(Path(name).parent))
     before = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [first, *before, *paths]
+    if any(name.startswith("HF_") for name in environment):
+        importlib.reload(sys.modules["huggingface_hub.constants"])  # which has read them
+    if JOIN in environment and "MLX_HOSTFILE" in environment:
+        sys.path.append(str(Path(__file__).parent))
+        importlib.import_module("ranks").join()
     if what == "-m":
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:

@@ -1,17 +1,18 @@
 """One rank of a bench or a demo: ``python -m mlx_lm_skiphead.cli.rank TASK`` (see `cli.ranks`).
 
 It loads a model and runs it with the plugin and without it in turn, in one process, so that drift
-of the machine cancels. It prints one JSON object a line, each with ``"rank"``:
+of the machine cancels. It prints these JSON objects, as `ranks.records`:
 
 - ``{"step": ...}``: what it does now.
 - ``{"measured": ...}``: one generation of a round.
-- ``{"result": ...}``: the last line; see `measure`.
-- ``{"error": ...}``: the last line, if the model cannot be used.
+- ``{"result": ...}``: the last one; see `Measurement.run`.
+- ``{"error": ...}``: the last one, if the model cannot be used.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import gc
 import hashlib
 import json
@@ -35,7 +36,7 @@ from ..dead_weights import size_of
 from . import downloads
 from .measure import around_head, count_heads, decode, family_of
 from .models import locate
-from .ranks import WAYS, launched_rank
+from .ranks import WAYS, launched_rank, records
 
 FEWEST, MOST, SECONDS = 8, 64, 2.0
 """Tokens of a generation and its length, where the task does not say how many tokens."""
@@ -63,7 +64,16 @@ def main() -> None:
 
 def say(**event: Any) -> None:
     """Tell the process that started the ranks."""
-    print(json.dumps({**event, "rank": launched_rank() or 0}), flush=True)
+    for record in records(launched_rank() or 0, event):
+        os.write(_output(), record)
+
+
+@functools.cache
+def _output() -> int:
+    """The standard output, in which nothing else is printed from now on."""
+    output = os.dup(1)
+    os.dup2(2, 1)
+    return output
 
 
 def _end_with_input() -> None:

@@ -1,6 +1,6 @@
 """Starts ranks and reads what they print; leaves no process and no port behind.
 
-A rank is ``python -m mlx_lm_skiphead.cli.rank``, which prints one JSON object a line, or another
+A rank is ``python -m mlx_lm_skiphead.cli.rank``, which prints `records` of events, or another
 program. `Ranks` starts them on this machine over the ring backend of MLX, `mpi_ranks` does so
 through ``mpirun``, and `host_ranks` on the machines of a host file, through ``mlx.launch``.
 """
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -33,11 +34,29 @@ Event = dict[str, Any]
 WAYS = ("unpatched", "skip")
 """How ranks run a model: as mlx-lm alone, and with the plugin."""
 
+RECORD = 512
+"""Bytes of a line by which a rank tells something."""
+_RECORD = re.compile(r"skiphead (\d{4}) (\d{8}) (.*)\| *\n")
+
 NOT_INHERITED = (VARIABLE, "MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK")
 
 
 class RankFailed(RuntimeError):
     """A rank ended with an error; the message names it and has the end of what it printed."""
+
+
+def records(rank: int, event: Event) -> Iterator[bytes]:
+    """An event as lines of `RECORD` bytes, each to be written at once, and nothing beside them.
+
+    mlx.launch and mpirun pass on what ranks print in pieces of 8192 bytes or 4096, those of one
+    rank in the middle of a line of another. Records of this size are never torn.
+    """
+    text = json.dumps(event)
+    size = RECORD - len("skiphead 0000 00000000 |\n")
+    starts = range(0, len(text), size)
+    for left, at in zip(reversed(range(len(starts))), starts, strict=True):
+        line = f"skiphead {rank:04} {left:08} {text[at : at + size]}|"
+        yield f"{line:{RECORD - 1}}\n".encode()
 
 
 class Ranks:
@@ -154,9 +173,14 @@ class Ranks:
         return "".join(list(self._errors[number])).strip() or "it printed nothing"
 
     def _listen(self, number: int, output: IO[str], errors: threading.Thread) -> None:
+        pieces: dict[int, list[tuple[int, str]]] = {}
         for line in output:
-            if line.startswith("{"):
-                self._events.put((number, json.loads(line)))
+            if (record := _RECORD.search(line)) is None:
+                continue
+            rank, left = int(record[1]), int(record[2])
+            pieces.setdefault(rank, []).append((left, record[3]))
+            if left == 0:
+                self._events.put((number, _event(rank, pieces.pop(rank))))
         errors.join()
         self._events.put((number, None))
 
@@ -173,6 +197,13 @@ class Ranks:
         for process in self._processes:
             process.wait()
         self._open.close()
+
+
+def _event(rank: int, pieces: list[tuple[int, str]]) -> Event:
+    """Of all its pieces, each with how many follow."""
+    if [left for left, _ in pieces] != list(reversed(range(len(pieces)))):
+        return {"error": "a part of what it printed has been lost", "rank": rank}
+    return {**json.loads("".join(piece for _, piece in pieces)), "rank": rank}
 
 
 class _LaunchedRanks(Ranks):
