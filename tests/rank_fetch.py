@@ -19,6 +19,8 @@ import ranks
 
 for name in ("HF_HOME", "HF_ENDPOINT"):
     os.environ[name] = os.environ[name].replace("RANK", str(ranks.rank()))
+if "huggingface_hub" in sys.modules:  # in a warm Python, and has read them
+    importlib.reload(sys.modules["huggingface_hub.constants"])
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402

@@ -316,8 +316,8 @@ def mlx_launch() -> list[str]:
 
 
 def python_for(env: Mapping[str, str] | None) -> str:
-    """A warm Python, unless `env` has what is read when a process begins or imports a package."""
-    is_cold = any(name.startswith(("PYTHON", "HF_", "LD_", "AUTOWRAPT")) for name in env or {})
+    """A warm Python, unless `env` has what is read when a process begins."""
+    is_cold = any(name.startswith(("PYTHON", "LD_", "AUTOWRAPT")) for name in env or {})
     return sys.executable if is_cold else warm.python()
 
 
