@@ -20,7 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SLOWEST = ("slow_links", "real_model", "fetch", "families", "bench", "server", "soak", "loop")
+SLOWEST = (
+    *("families", "bench", "real_model", "soak", "server", "loop", "slow_links", "fetch"),
+    *("programs", "doctor", "demo", "watch", "agreement", "readme"),
+)
 """Files of tests that begin first, so that no process is left with one at the end."""
 
 

@@ -83,7 +83,7 @@ ONE_BY_ONE: dict[str, Request] = {
 
 SHORT: list[Request] = [
     (chat(f"{i}?") if i % 3 else f"{i}?", {"max_tokens": 1 + i % 3, "stream": i % 5 == 0})
-    for i in range(200)
+    for i in range(100)
 ]
 
 
@@ -175,7 +175,7 @@ def test_the_answers_show_what_was_asked_for(right: dict[str, Any]) -> None:
     assert all(cached[n] for n in ("chat again", "system again", "a longer chat", "seed again"))
 
 
-def test_200_short_requests(patched: Patched, right: dict[str, Any]) -> None:
+def test_100_short_requests(patched: Patched, right: dict[str, Any]) -> None:
     for (prompt, options), expected in zip(SHORT, right["short"], strict=True):
         assert without_cache(patched.ask(prompt, **options)) == without_cache(expected)
 

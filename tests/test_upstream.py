@@ -61,6 +61,7 @@ def outcomes(upstream: Path, plugin: str) -> dict[str, str]:
     return found
 
 
+@pytest.mark.long
 def test_the_same_results(upstream: Path) -> None:
     without = outcomes(upstream, "0")
     assert sum(outcome == "passed" for outcome in without.values()) > 100

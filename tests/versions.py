@@ -35,7 +35,7 @@ def environment(version: str) -> Path:
         [
             *(python, "-m", "pip", "install", "-q", "--disable-pip-version-check"),
             *(f"mlx-lm=={version}", f"mlx=={VERSIONS[version]}", *extra),
-            *("pytest>=8", PROJECT),
+            *("pytest>=8", "pytest-xdist>=3.6", PROJECT),
         ],
         check=True,
     )
@@ -59,7 +59,7 @@ def main(versions: list[str]) -> int:
                 environment(version),
                 "-m",
                 "pytest",
-                "-q",
+                *("-q", "-n", "2"),
                 *(PROJECT / "tests" / f"test_{t}.py" for t in TESTS),
             ],
             cwd=CACHE,  # not the project's folder: what is installed is tested
