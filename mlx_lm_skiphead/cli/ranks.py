@@ -132,7 +132,8 @@ class Ranks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,  # Ctrl-C is for this process, which ends its ranks
         )
         number, printed = len(self._processes), deque[str](maxlen=60)
