@@ -38,11 +38,11 @@ EXECUTABLE = "WARM_PYTHON"
 JOIN = "WARM_JOIN"
 """A variable: ranks of a ring begin with `ranks.join`, so that they do not wait by spinning."""
 
-CLIENT = """#!PYTHON -IS
+CLIENT = """
 import json, os, signal, socket, sys
 link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 link.connect("FOLDER/" + ("0" if os.environ.get("MLX_RANK", "0") == "0" else "1"))
-environment = os.environ | {"EXECUTABLE": sys.argv[0]}
+environment = os.environ | {"EXECUTABLE": "FOLDER/python"}
 said = json.dumps([sys.argv[1:], environment, os.getcwd()]).encode()
 socket.send_fds(link, [said], [0, 1, 2])
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1)
@@ -66,8 +66,9 @@ def python() -> str:
 def _start() -> str:
     folder = tempfile.TemporaryDirectory(prefix="warm-")
     file = Path(folder.name, "python")
-    client = CLIENT.replace("PYTHON", sys.executable).replace("FOLDER", folder.name)
-    file.write_text(client.replace("EXECUTABLE", EXECUTABLE))
+    client = Path(folder.name, "client.py")
+    client.write_text(CLIENT.replace("FOLDER", folder.name).replace("EXECUTABLE", EXECUTABLE))
+    file.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{client}" "$@"\n')
     file.chmod(0o700)
     launch = Path(sys.executable).with_name("mlx.launch")
     if launch.exists():  # which is looked for beside a Python
