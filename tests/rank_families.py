@@ -24,7 +24,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 import mlx_lm_skiphead
 from mlx_lm_skiphead.cli.measure import count_heads, family_of
 
-TOKENS = 8
+TOKENS = 7
 STOPS = tuple(range(100, 112))
 generate = importlib.import_module("mlx_lm.generate")
 

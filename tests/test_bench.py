@@ -8,7 +8,6 @@ import random
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -117,7 +116,15 @@ def test_stopped(how, hosts, model, tmp_path):
         hostfile.write_text(json.dumps([{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2))
         where = ["--hostfile", str(hostfile), "--starting-port", str(ranks.free_ports(2))]
     process = subprocess.Popen(
-        [sys.executable, *BENCH, model, *where, "--tokens", "8", "--rounds", "100000", "--json"],
+        [
+            *warm.command_line("bench", model),
+            *where,
+            "--tokens",
+            "8",
+            "--rounds",
+            "100000",
+            "--json",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def test_demo() -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_demo_that_is_stopped(how: signal.Signals) -> None:
     process = subprocess.Popen(
-        [sys.executable, *DEMO],
+        warm.command_line("demo"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -62,6 +62,12 @@ def python() -> str:
     return _start() if hasattr(os, "pidfd_open") else sys.executable
 
 
+def command_line(*arguments: str) -> list[str]:
+    """`mlx-lm-skiphead` in a process of its own, for tests that end it; what it starts is warm."""
+    code = "import sys; sys.executable = sys.argv.pop(1); from mlx_lm_skiphead.cli import main; "
+    return [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", python(), *arguments]
+
+
 @functools.cache
 def _start() -> str:
     folder = tempfile.TemporaryDirectory(prefix="warm-")
