@@ -147,8 +147,7 @@ def launch(
             launcher, ranks, rank_environment(env, folder), mpirun=mpirun
         )
         # By its path alone: the mlx.launch of mlx 0.31 takes a path to Python for the script.
-        python = [python_for(env)] if launcher == "ring" else [sys.executable]
-        python = ["--python", *python, "--"] if launcher == "ring" else python
+        python = ["--python", python_for(env), "--"] if launcher == "ring" else [sys.executable]
         command += [*python, str(Path(script).resolve()), *args]
 
         run = Run(command, folder, ranks)

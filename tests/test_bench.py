@@ -119,11 +119,7 @@ def test_stopped(how, hosts, model, tmp_path):
         [
             *warm.command_line("bench", model),
             *where,
-            "--tokens",
-            "8",
-            "--rounds",
-            "100000",
-            "--json",
+            *("--tokens", "8", "--rounds", "100000", "--json"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
