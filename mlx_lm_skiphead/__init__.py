@@ -17,8 +17,8 @@ from .config import requested_mode
 TYPE_CHECKING = False  # as typing's, without importing typing
 if TYPE_CHECKING:
     from .installing import Status, install, status, uninstall
-    from .own_loop import rank_zero_head, share_tokens
-    from .registry import SkipheadError
+    from .patching.registry import SkipheadError
+    from .skipping.own_loop import rank_zero_head, share_tokens
 
 __version__ = "0.2.0"
 __all__ = [
@@ -34,9 +34,9 @@ __all__ = [
 
 
 _MODULES = {
-    "SkipheadError": "registry",
-    "rank_zero_head": "own_loop",
-    "share_tokens": "own_loop",
+    "SkipheadError": "patching.registry",
+    "rank_zero_head": "skipping.own_loop",
+    "share_tokens": "skipping.own_loop",
 }
 """Where what is public is defined, if not in installing.py."""
 

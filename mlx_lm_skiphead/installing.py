@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import wrapt
 
-from . import config, drift, registry, watch
+from . import config
 from .families import BY_NAME, FAMILIES, LOADING_MODULE, LOOPS_MODULE
-from .handles import Handle, Patch
-from .registry import MLX, ModelStatus, Outcome, SkipheadError, Target, lock, outcomes
+from .patching import drift, registry
+from .patching.handles import Handle, Patch
+from .patching.registry import MLX, ModelStatus, Outcome, SkipheadError, Target, lock, outcomes
+from .ranks import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
 
@@ -68,13 +70,15 @@ _strict = False
 @functools.cache
 def table() -> tuple[Patch, ...]:
     """Every patch, one row each."""
-    from . import agreement, dead_weights, head, loading, loops
+    from .ranks import agreement
+    from .skipping import head, loops
+    from .weights import loading, on_disk
 
-    parts = (head, agreement, loading, dead_weights, loops)
+    parts = (head, agreement, loading, on_disk, loops)
     rows = [row for part in parts for row in part.PATCHES]
     for family in FAMILIES:
         if not family.is_alias:
-            rows += [*head.patches(family), *dead_weights.patches(family)]
+            rows += [*head.patches(family), *on_disk.patches(family)]
     return tuple(rows)
 
 
@@ -141,9 +145,9 @@ def uninstall() -> None:
                 "requests of a batch."
             )
         if "mlx.core" in sys.modules:
-            from . import dead_weights
+            from .weights import on_disk
 
-            dead_weights.complete()
+            on_disk.complete()
         config.active = "off"
         for outcome in reversed(outcomes.values()):
             _take_out(outcome.handles)
@@ -155,9 +159,9 @@ def status() -> Status:
     with lock:
         models: tuple[ModelStatus, ...] = ()
         if "mlx.core" in sys.modules:
-            from . import dead_weights
+            from .weights import on_disk
 
-            models = tuple(p.status() for p in dead_weights.models())
+            models = tuple(p.status() for p in on_disk.models())
         found = {group: _target(group) for group in MODULES}
         loops = {name: found[name] for name in LOOPS}
         families = {name: found[name] for name in BY_NAME}

@@ -26,7 +26,8 @@ from mlx_lm import stream_generate  # noqa: E402
 from mlx_lm.utils import sharded_load  # noqa: E402
 
 import mlx_lm_skiphead  # noqa: E402
-from mlx_lm_skiphead import agreement, registry  # noqa: E402
+from mlx_lm_skiphead.patching import registry  # noqa: E402
+from mlx_lm_skiphead.ranks import agreement  # noqa: E402
 
 if server:
     from mlx_lm_skiphead.cli import main

@@ -29,7 +29,7 @@ def stub(rank: int):
     import tiny_models
 
     import mlx_lm_skiphead
-    from mlx_lm_skiphead import drift
+    from mlx_lm_skiphead.patching import drift
 
     hidden = {size: mx.zeros((size, 1, 8)) for size in (1, BATCH)}
     logits = {size: mx.zeros((size, 1, 32)) for size in (1, BATCH)}

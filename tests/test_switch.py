@@ -273,7 +273,7 @@ def test_setting_up_a_pipeline_breaks_nothing_in_other_threads():
         import sys, threading
         import mlx_lm_skiphead
         import tiny_models
-        from mlx_lm_skiphead import registry
+        from mlx_lm_skiphead.patching import registry
 
         mlx_lm_skiphead.install()
         model = tiny_models.make("deepseek_v3")

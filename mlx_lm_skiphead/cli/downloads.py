@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from .. import fetching
 from ..families import Family
+from ..weights import fetching
 from .arguments import Unusable
 from .ranks import WAYS
 from .tables import table
@@ -23,7 +23,7 @@ Downloads = dict[str, dict[str, int]]
 
 def of_rank(folder: Path, model: Any, family: Family) -> Downloads:
     """What a rank fetches of the checkpoint in `folder`. `model` is split as the rank has it."""
-    from ..dead_weights import part
+    from ..weights.on_disk import part
 
     owner = family.owner_of(model)
     mine = part(family, owner, family.stage_of(owner))

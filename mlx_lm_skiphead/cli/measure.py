@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import wrapt
 
-from ..dead_weights import is_pending
 from ..families import BY_NAME, Family
+from ..weights.on_disk import is_pending
 
 
 def family_of(model: Any) -> Family:

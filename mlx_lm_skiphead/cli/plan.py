@@ -226,7 +226,7 @@ def plan(
     """
     import mlx.core as mx
 
-    from ..dead_weights import dead, size_of
+    from ..weights.on_disk import dead, size_of
     from .models import split
 
     planned = []

@@ -32,7 +32,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from .. import install, status, uninstall
-from ..dead_weights import size_of
+from ..weights.on_disk import size_of
 from . import downloads
 from .measure import around_head, count_heads, decode, family_of
 from .models import locate

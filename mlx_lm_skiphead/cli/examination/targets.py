@@ -33,7 +33,8 @@ def examine(report: dict[str, Any], modules: Sequence[str]) -> None:
     Raises:
         Unusable: if one of `modules` cannot be imported.
     """
-    from ... import installing, registry
+    from ... import installing
+    from ...patching import registry
 
     before = config.active
     installing.uninstall()
@@ -80,7 +81,7 @@ def _import_family(module: str) -> dict[str, str] | None:
 
 def _unknown() -> dict[str, str]:
     """Modules of mlx-lm that `sharded_load` would pipeline and the table lacks."""
-    from ... import registry
+    from ...patching import registry
 
     package = importlib.import_module("mlx_lm.models")
     sources = {}
@@ -113,7 +114,7 @@ def can_be_pipelined(model: type) -> bool:
     Judged by classes: `Model` has or assigns ``model``, and its module has a pipelined class, or
     imports a module of mlx-lm that has one.
     """
-    from ... import drift
+    from ...patching import drift
 
     initializers = (vars(cls).get("__init__") for cls in model.__mro__)
     if not hasattr(model, "model") and not any(
@@ -129,8 +130,8 @@ def can_be_pipelined(model: type) -> bool:
 
 def _patches_of_others(families: dict[str, dict[str, str]]) -> list[dict[str, str]]:
     """What is at, over or under our targets and is neither ours nor upstream's."""
-    from ...handles import layers as layers_of
-    from ...handles import written_in
+    from ...patching.handles import layers as layers_of
+    from ...patching.handles import written_in
 
     found = []
     for owner, attribute in dict.fromkeys(_targets(families)):

@@ -35,12 +35,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from . import config, drift, fetching, registry
-from .families import LOADING_MODULE, Family
-from .handles import Patch
+from .. import config
+from ..families import LOADING_MODULE, Family
+from ..patching import drift, registry
+from ..patching.handles import Patch
+from ..patching.registry import MLX, ModelStatus
+from ..skipping.sharing import not_computed
+from . import fetching
 from .loading import files_of, loading
-from .registry import MLX, ModelStatus
-from .sharing import not_computed
 
 log = logging.getLogger("mlx_lm_skiphead")
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from . import config
+from .. import config
 
 log = logging.getLogger("mlx_lm_skiphead")
 

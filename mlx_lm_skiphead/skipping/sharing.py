@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import watch
+from ..ranks import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
 

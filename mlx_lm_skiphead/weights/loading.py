@@ -12,11 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..families import LOADING_MODULE
+from ..patching.drift import anything
+from ..patching.handles import Patch
+from ..patching.registry import MLX
 from . import fetching
-from .drift import anything
-from .families import LOADING_MODULE
-from .handles import Patch
-from .registry import MLX
 
 
 class _Loading(threading.local):

@@ -17,10 +17,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import config, dead_weights, drift
-from .families import LOOPS_MODULE, Family
-from .handles import Patch, Wrapper, layers
-from .registry import MLX, broadcast_code
+from .. import config
+from ..families import LOOPS_MODULE, Family
+from ..patching import drift
+from ..patching.handles import Patch, Wrapper, layers
+from ..patching.registry import MLX, broadcast_code
+from ..weights import on_disk
 from .sharing import Run, during, not_computed, this_thread
 
 
@@ -53,8 +55,8 @@ def model_call(family: Family) -> Wrapper:
             run = None  # of another model
         if run is None:
             gives_hidden = config.active == "hidden" and is_worker and not _in_loop_of_mlx_lm()
-            needed = dead_weights.needed(family, owner, logits=not gives_hidden)
-            dead_weights.bring(family, owner, *needed)
+            needed = on_disk.needed(family, owner, logits=not gives_hidden)
+            on_disk.bring(family, owner, *needed)
             forward = Forward(stage)
             with during(forward=forward):
                 out = wrapped(*args, **kwargs)
@@ -85,7 +87,7 @@ def stage_call(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of the pipelined model's ``__call__``, which keeps what mode "hidden" gives."""
     is_inner = this_thread.forward is not None and this_thread.forward.stage is stage
     if not is_inner:
-        dead_weights.complete(stage)  # also where `Model.__call__` is another package's by now
+        on_disk.complete(stage)  # also where `Model.__call__` is another package's by now
     out = wrapped(*args, **kwargs)
     if is_inner:
         this_thread.forward.hidden = out

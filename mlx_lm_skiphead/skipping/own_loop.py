@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from . import config
+from .. import config
 from .sharing import Run, during, this_thread
 
 

@@ -15,8 +15,8 @@ from contextlib import suppress
 from types import CodeType
 from typing import Any, NamedTuple
 
+from ..families import BY_NAME, FAMILIES, Family
 from . import drift
-from .families import BY_NAME, FAMILIES, Family
 from .handles import Handle
 
 log = logging.getLogger("mlx_lm_skiphead")

@@ -25,9 +25,11 @@ from typing import Any
 import mlx.core as mx
 import wrapt
 
-from . import config, drift, registry, watch
-from .families import LOOPS_MODULE
-from .handles import Patch
+from .. import config
+from ..families import LOOPS_MODULE
+from ..patching import drift, registry
+from ..patching.handles import Patch
+from ..ranks import watch
 from .sharing import Run, Sampling
 
 Wrapped = Callable[..., Any]

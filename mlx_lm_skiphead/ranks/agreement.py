@@ -26,10 +26,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import config, dead_weights, drift, registry, watch
-from .families import FAMILIES, LOADING_MODULE
-from .handles import Patch
-from .registry import MLX, SkipheadError
+from .. import config
+from ..families import FAMILIES, LOADING_MODULE
+from ..patching import drift, registry
+from ..patching.handles import Patch
+from ..patching.registry import MLX, SkipheadError
+from ..weights import on_disk
+from . import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
 
@@ -70,7 +73,7 @@ def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
             by_rank = _exchanged()
             embedded = [settings.pop("embedded") for settings in by_rank]
             _check_settings(by_rank)
-        dead_weights.embed_as(next(filter(None, embedded), ""))
+        on_disk.embed_as(next(filter(None, embedded), ""))
         watch.agreed = True
     except SkipheadError as error:
         if threading.current_thread() is not threading.main_thread():
@@ -122,7 +125,7 @@ def _check_sum(marks: int, ranks: int) -> None:
 
 def _settings() -> dict[str, str]:
     """In what ranks must agree besides, as names and values."""
-    from . import __version__
+    from .. import __version__
 
     states = {name: registry.target(name).state for name in registry.outcomes}
     left = sorted(name for name, state in states.items() if state in ("refused", "replaced"))
@@ -141,7 +144,7 @@ def _exchanged() -> list[dict[str, str]]:
     Raises:
         SkipheadError: if what arrives is not what a rank sends.
     """
-    settings = {**_settings(), "embedded": dead_weights.embedded_type()}
+    settings = {**_settings(), "embedded": on_disk.embedded_type()}
     data = json.dumps(settings).encode().ljust(SETTINGS_BYTES)
     everything = mx.distributed.all_gather(mx.array(list(data), mx.uint8), stream=mx.cpu)
     gathered = bytes(everything.tolist())  # type: ignore[arg-type]

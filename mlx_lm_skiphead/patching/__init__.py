@@ -1,0 +1,1 @@
+"""Patches: how one is put in place and taken out, and what became of each."""

@@ -1,0 +1,1 @@
+"""How a head is skipped: what a reader comes for. Begin with sharing.py."""
