@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "MLX_LM_SKIPHEAD"
 WATCH = "MLX_LM_SKIPHEAD_WATCH"
+DOWNLOAD = "MLX_LM_SKIPHEAD_DOWNLOAD"
 
 _ACCEPTED: dict[Mode, tuple[str, ...]] = {
     "off": ("", "0", "off", "false", "no"),
@@ -57,7 +58,23 @@ def watch_seconds(environ: Mapping[str, str] = os.environ) -> float:
     return seconds
 
 
+def fetches_all(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a rank fetches the files of weights that it never uses, as unpatched.
+
+    Raises:
+        ValueError: where the variable is neither ``all`` nor ``needed``.
+    """
+    value = environ.get(DOWNLOAD) or "all"
+    if value not in ("all", "needed"):
+        raise ValueError(
+            f"{DOWNLOAD}={value!r} is not understood. Give all (or unset it) or needed."
+        )
+    return value == "all"
+
+
 active: Mode = "off"
 """What is installed in this process now."""
 watch = 0.0
 """After how many seconds a step is told of; 0 for never."""
+download_all = True
+"""Whether files of weights that this rank never uses are fetched too."""

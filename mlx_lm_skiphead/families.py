@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 LOOPS_MODULE = "mlx_lm.generate"
 LOADING_MODULE = "mlx_lm.utils"
+MODELS_PACKAGE = "mlx_lm.models"
 """Where mlx-lm has its generation loops, and `sharded_load`."""
 
 
@@ -44,7 +45,7 @@ class Family(NamedTuple):
 
     @property
     def module(self) -> str:
-        return f"mlx_lm.models.{self.name}"
+        return f"{MODELS_PACKAGE}.{self.name}"
 
     @property
     def is_alias(self) -> bool:
@@ -60,12 +61,16 @@ class Family(NamedTuple):
 
     def head_of(self, owner: Any) -> Any:
         """The module that makes logits: `lm_head`, or the embedding where there is none (tied)."""
-        head = getattr(owner, "lm_head", None)
-        return head if head is not None else attrgetter(self.embedding)(self.stage_of(owner))
+        name = self.embedding if self.is_tied(owner) else "lm_head"
+        return attrgetter(name)(self.parent_of(owner, name))
 
-    def part_of(self, owner: Any, name: str) -> Any:
-        """The module that dead weights are known by: ``lm_head``, or one of the pipelined model."""
-        return attrgetter(name)(owner if name == "lm_head" else self.stage_of(owner))
+    def is_tied(self, owner: Any) -> bool:
+        """Whether the embedding is the head too."""
+        return getattr(owner, "lm_head", None) is None
+
+    def parent_of(self, owner: Any, name: str) -> Any:
+        """The module that has ``lm_head``, or the embedding or the final norm, by that name."""
+        return owner if name == "lm_head" else self.stage_of(owner)
 
 
 FAMILIES = (
@@ -93,3 +98,23 @@ FAMILIES = (
 )
 
 BY_NAME = {family.name: family for family in FAMILIES}
+
+
+def family_of(model: Any) -> Family | None:
+    """The family of `model`, as mlx-lm loads it: by its class, or one that it inherits from."""
+    for cls in type(model).__mro__:
+        package, _, name = cls.__module__.rpartition(".")
+        family = BY_NAME.get(name) if package == MODELS_PACKAGE else None
+        if family is not None and not family.is_alias and cls.__name__ == "Model":
+            return family
+    return None
+
+
+def stage_in(model: Any) -> Any:
+    """The pipelined model in `model`; None if it is of no family of the table, or not split."""
+    family = family_of(model)
+    try:
+        stage = family and family.stage_of(family.owner_of(model))
+    except AttributeError:  # a class that inherits and is built otherwise
+        return None
+    return stage if getattr(stage, "pipeline_size", 1) > 1 else None

@@ -14,7 +14,7 @@ import inspect
 import logging
 import sys
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import wrapt
 
@@ -22,18 +22,19 @@ from . import config
 from .families import BY_NAME, FAMILIES, LOADING_MODULE, LOOPS_MODULE
 from .patching import drift, registry
 from .patching.handles import Handle, Patch
-from .patching.registry import MLX, ModelStatus, Outcome, SkipheadError, Target, lock, outcomes
+from .patching.registry import Outcome, SkipheadError, Target, lock, outcomes
 from .ranks import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
 
 LOOPS = ("generate_step", "speculative_generate_step", "GenerationBatch")
+PARTS = ("hidden broadcast", "comparison of ranks", "weights", "downloads")
 MODULES = {
-    MLX: LOADING_MODULE,
+    **dict.fromkeys(PARTS, LOADING_MODULE),
     **dict.fromkeys(LOOPS, LOOPS_MODULE),
     **{family.name: family.module for family in FAMILIES},
 }
-"""By group of patches, whose import it waits for."""
+"""By group of patches, the module whose import it waits for."""
 
 
 class Status(NamedTuple):
@@ -45,16 +46,18 @@ class Status(NamedTuple):
     """By module of ``mlx_lm.models``."""
     loops: dict[str, Target]
     """By function or class of ``mlx_lm.generate``."""
-    models: tuple[ModelStatus, ...]
-    """The models that are alive."""
-    mlx: Target
-    """The functions of mlx that the plugin needs; without them no family is patched."""
+    models: tuple[Any, ...]
+    """The models that are alive, a `ModelStatus` of weights/on_disk.py each."""
+    parts: dict[str, Target]
+    """The rest by name: without the "hidden broadcast" no head is skipped; without another one only
+    what its name says is lost."""
     steps: list[str]
     """What is under way, and what this rank waits for."""
 
     def __str__(self) -> str:
-        lines = [f"mlx-lm-skiphead is {self.mode}", f"mlx: {self.mlx}"]
-        for title, targets in (("loops", self.loops), ("families", self.families)):
+        lines = [f"mlx-lm-skiphead is {self.mode}"]
+        named = {"parts": self.parts, "loops": self.loops, "families": self.families}
+        for title, targets in named.items():
             lines += [f"{title}:", *(f"  {name:<26}{target}" for name, target in targets.items())]
         if self.models:
             lines += ["models:", *(f"  {model}" for model in self.models)]
@@ -71,11 +74,12 @@ _strict = False
 def table() -> tuple[Patch, ...]:
     """Every patch, one row each."""
     from .ranks import agreement
-    from .skipping import head, loops
-    from .weights import loading, on_disk
+    from .skipping import head, loops, speculation
+    from .weights import fetching, on_disk
 
-    parts = (head, agreement, loading, on_disk, loops)
-    rows = [row for part in parts for row in part.PATCHES]
+    rows = [
+        row for m in (head, agreement, on_disk, fetching, loops, speculation) for row in m.PATCHES
+    ]
     for family in FAMILIES:
         if not family.is_alias:
             rows += [*head.patches(family), *on_disk.patches(family)]
@@ -102,7 +106,7 @@ def install(mode: str = "on", strict: bool = False) -> None:
     global _strict
     if mode not in ("on", "hidden"):
         raise ValueError(f"mode={mode!r} is not understood. Accepted: 'on', 'hidden'.")
-    config.watch = config.watch_seconds()
+    config.watch, config.download_all = config.watch_seconds(), config.fetches_all()
     modules = dict.fromkeys(MODULES.values())
     # Not under the lock: a hook that runs in another thread waits for it, inside an import.
     for name in modules:
@@ -132,40 +136,35 @@ def uninstall() -> None:
 
     Raises:
         SkipheadError: while a generation is running.
-        RuntimeError: where a file that a loaded model needs from then on is not there, and cannot
-            be fetched; the message names it.
     """
     with lock:
-        if registry.generations():
+        if _generations():
             gc.collect()  # what failed is kept alive by the traceback of its error
-        if count := registry.generations():
+        if count := _generations():
+            running = "a generation is" if count == 1 else f"{count} generations are"
             raise SkipheadError(
-                "mlx-lm-skiphead cannot be uninstalled while a generation is running, and here run "
-                f"{count}. Let each end first, or end it: close() of a generator, remove() of all "
-                "requests of a batch."
+                f"mlx-lm-skiphead cannot be uninstalled while {running} running. Let each end "
+                "first, or end it: close() of a generator, remove() of all requests of a batch."
             )
-        if "mlx.core" in sys.modules:
-            from .weights import on_disk
-
-            on_disk.complete()
         config.active = "off"
         for outcome in reversed(outcomes.values()):
             _take_out(outcome.handles)
         outcomes.clear()
 
 
+def _generations() -> int:
+    sharing = sys.modules.get(f"{__package__}.skipping.sharing")
+    return sharing.generations() if sharing else 0
+
+
 def status() -> Status:
     """What is patched in this process, what waits for its import, and what was refused and why."""
     with lock:
-        models: tuple[ModelStatus, ...] = ()
-        if "mlx.core" in sys.modules:
-            from .weights import on_disk
-
-            models = tuple(p.status() for p in on_disk.models())
+        on_disk = sys.modules.get(f"{__package__}.weights.on_disk")
+        models = tuple(model.status() for model in on_disk.models()) if on_disk else ()
         found = {group: _target(group) for group in MODULES}
-        loops = {name: found[name] for name in LOOPS}
-        families = {name: found[name] for name in BY_NAME}
-        return Status(config.active, families, loops, models, found[MLX], watch.under_way())
+        parts, loops, families = ({n: found[n] for n in names} for names in (PARTS, LOOPS, BY_NAME))
+        return Status(config.active, families, loops, models, parts, watch.under_way())
 
 
 def _target(group: str) -> Target:
@@ -205,19 +204,16 @@ def _patch(group: str, module: ModuleType) -> Outcome:
             reason = f"expected a class Model in {module.__name__}, found none; if it is being"
             return Outcome(Target("refused", f"{reason} imported, call install() after that"))
         if family.is_alias:
-            return Outcome(_alias(module, sys.modules[BY_NAME[family.base].module]))
+            base = sys.modules[BY_NAME[family.base].module]
+            return Outcome(_alias(module, base), bases=(family.base,))
         if not drift.is_pipelined(module):
             return Outcome(Target("not pipelined"))
     rows = [row for row in table() if row.group == group]
     for row in rows:
-        try:
-            owner, attribute = row.locate()
-            reason = row.needs(getattr(owner, attribute))
-        except AttributeError as error:
-            reason = f"expected {row.path}, found none ({error})"
-        if reason:
-            return Outcome(Target("refused", f"{row.module}.{row.path}: {reason}; {row.lost}"))
-    return Outcome(Target("patched"), tuple(map(Handle, rows)), getattr(module, "Model", None))
+        if reason := row.refusal():
+            return Outcome(Target("refused", reason))
+    bases = tuple({row.base for row in rows} - {""})
+    return Outcome(Target("patched"), tuple(map(Handle, rows)), bases)
 
 
 def _alias(module: ModuleType, base: ModuleType) -> Target:

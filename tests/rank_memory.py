@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import ranks
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear
 
 import mlx_lm_skiphead
 from mlx_lm_skiphead.cli.measure import family_of
@@ -102,13 +103,34 @@ def used_otherwise(model, rank):
 
 def refused(model, rank):
     """The errors of two direct calls on a worker."""
-    told = []
-    while rank and len(told) < 2:
-        try:
-            model(mx.array([PROMPT]))
-        except RuntimeError as error:
-            told.append(str(error))
-    return told
+    return [error_of(lambda: model(mx.array([PROMPT]))) for _ in range(2 * bool(rank))]
+
+
+def refused_on_all_ranks(model, rank):
+    """The errors of two direct calls, and of what else needs weights that are not there."""
+    owner = family_of(model).owner_of(model)
+    module = owner.lm_head if rank else owner.model.embed_tokens
+    hidden = mx.zeros((1, 1, 256))
+    others = {
+        "weight": lambda: module.weight,
+        "parameters": model.parameters,
+        "save": lambda: model.save_weights(os.devnull),
+        "cast": lambda: model.set_dtype(mx.float16),
+        "quantize": lambda: nn.quantize(model, group_size=32),
+        "call": lambda: module(hidden) if rank else module.as_linear(hidden),
+        "adapter": lambda: LoRALinear.from_base(module),
+    }
+    calls = [error_of(lambda: model(mx.array([PROMPT]))) for _ in range(2)]
+    model.eval()
+    return calls, {name: error_of(function) for name, function in others.items()}
+
+
+def error_of(function):
+    try:
+        function()
+    except RuntimeError as error:
+        return str(error)
+    return "none"
 
 
 def run(task):

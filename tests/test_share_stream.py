@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import ranks
+
 from mlx_lm_skiphead.skipping.sharing import FINE, Share
 
 SCRIPT = Path(__file__).with_name("rank_stream.py")

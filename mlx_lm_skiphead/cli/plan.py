@@ -226,7 +226,7 @@ def plan(
     """
     import mlx.core as mx
 
-    from ..weights.on_disk import dead, size_of
+    from ..weights.on_disk import size_of, unused
     from .models import split
 
     planned = []
@@ -242,7 +242,7 @@ def plan(
                 # Before 0.32 mlx-lm counts layers that do not exist, in an uneven split.
                 (stage.start_idx, min(stage.end_idx, len(stage.layers))),
                 size_of(model),
-                {name: size_of(parent[name]) for parent, name in dead(family, owner, stage)},
+                {n: size_of(family.parent_of(owner, n)[n]) for n in unused(family, owner, stage)},
                 {batch: _reads(stage, embedding, config, batch) for batch in sorted({1, *batches})},
                 size_of(family.head_of(owner)),
                 downloads.of_rank(folder, model, family),

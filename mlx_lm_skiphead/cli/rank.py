@@ -122,7 +122,7 @@ class Measurement:
             ``times``, for each case the ms of this rank's layers and of its head.
         """
         task, cases = self.task, self.task["cases"]
-        on_disk = next((model.on_disk for model in status().models), {})
+        on_disk: dict[str, int] = next((model.on_disk for model in status().models), {})
         loaded: dict[str, int] = {}
         peak: dict[str, int] = {}
         answers: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from .handles import layers
+import wrapt
 
 Needs = Callable[[Any], str]
 
@@ -21,6 +21,11 @@ Needs = Callable[[Any], str]
 def anything(function: Any) -> str:
     """For a patch that relies on no more than that its target can be called."""
     return "" if callable(function) else f"expected a function, found {function!r}"
+
+
+def nothing(target: Any) -> str:
+    """For a descriptor that takes the place of no attribute of the class."""
+    return "" if target is None else f"expected no such attribute of the class, found {target!r}"
 
 
 def signature(*parameters: str, is_generator: bool = False) -> Needs:
@@ -52,14 +57,14 @@ def uses(*reads: str, assigns: str = "") -> Needs:
 
 
 def broadcasts(function: Any) -> str:
-    """A pipelined model's ``__call__``, which ends with the hidden broadcast."""
+    """A pipelined model's ``__call__``: the hidden broadcast, and behind it the final norm."""
     count = mentions(function, "all_gather")
-    if count == 1:
-        return ""
-    return (
-        f"expected one call of all_gather, the hidden broadcast, found {count} in "
-        f"{_described(function)}"
-    )
+    if count != 1:
+        found = f"found {count} in {_described(function)}"
+        return f"expected one call of all_gather, the hidden broadcast, {found}"
+    if not mentions(function, "norm"):
+        return f"expected it to use norm, found {_described(function)}"
+    return ""
 
 
 def runs_head(function: Any) -> str:
@@ -77,7 +82,7 @@ def is_pipelined(module: ModuleType) -> bool:
 
 def code_of(function: Any) -> CodeType | None:
     """The code that a call of `function` ends in, under its wrappers."""
-    *_, last = layers(function)
+    last = _innermost(function)
     last = getattr(last, "__func__", last)
     return last.__code__ if isinstance(last, FunctionType) else None
 
@@ -85,12 +90,13 @@ def code_of(function: Any) -> CodeType | None:
 def mentions(function: Any, name: str, how: tuple[str, ...] = ("LOAD_ATTR", "LOAD_METHOD")) -> int:
     """How often the code of `function`, and of functions inside it, uses the attribute `name`."""
     code = code_of(function)
-    return sum(
-        instruction.argval == name
-        for part in (_with_inner(code) if code else ())
-        for instruction in dis.get_instructions(part)
-        if instruction.opname in how
-    )
+    return sum(count_in(part, name, how) for part in (_with_inner(code) if code else ()))
+
+
+def count_in(code: CodeType, name: str, how: tuple[str, ...] = ("LOAD_ATTR", "LOAD_METHOD")) -> int:
+    """How often `code` uses the attribute `name`."""
+    instructions = dis.get_instructions(code) if name in code.co_names else ()
+    return sum(i.argval == name and i.opname in how for i in instructions)
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:
@@ -100,7 +106,12 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
             yield from _with_inner(constant)
 
 
+def _innermost(function: Any) -> Any:
+    *_, last = wrapt.wrapper_chain(function)
+    return last
+
+
 def _described(function: Any) -> str:
-    *_, last = layers(function)
+    last = _innermost(function)
     name = getattr(last, "__qualname__", repr(last))
     return f"{name} of {getattr(code_of(function), 'co_filename', 'no Python file')}"

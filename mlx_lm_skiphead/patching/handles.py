@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from operator import attrgetter
 from types import FunctionType
@@ -28,11 +28,14 @@ class Patch(NamedTuple):
     """Where the target is: a module ..."""
     path: str
     """... and an attribute path in it."""
-    wrapper: Wrapper
+    wrapper: Any
+    """A `Wrapper` of the target; or a data descriptor, for an attribute of a class's instances."""
     needs: Callable[[Any], str]
     """Is given the target; says what was expected and what was found, or ""."""
     lost: str
     """What is lost where it cannot be put in place."""
+    base: str = ""
+    """The group without which this one is of no use."""
 
     def locate(self) -> tuple[Any, str]:
         """The object that has the target, and the attribute of it that the target is."""
@@ -40,42 +43,73 @@ class Patch(NamedTuple):
         module = sys.modules[self.module]
         return (attrgetter(parents)(module) if parents else module), attribute
 
+    def refusal(self) -> str:
+        """Why the target is not as the patch needs it, or ""."""
+        try:
+            owner, attribute = self.locate()
+            absent = None if self.is_descriptor else AttributeError
+            reason = self.needs(getattr(owner, attribute, *([] if absent else [None])))
+        except AttributeError as error:
+            reason = f"expected {self.path}, found none ({error})"
+        return f"{self.module}.{self.path}: {reason}; {self.lost}" if reason else ""
+
+    @property
+    def is_descriptor(self) -> bool:
+        return hasattr(self.wrapper, "__set__")
+
 
 class Handle:
     """A patch that has been put in place; what a class inherits is wrapped for that class only."""
 
     def __init__(self, row: Patch) -> None:
-        self._row = row
+        self.row = row
         self._owner, self._attribute = row.locate()
         self._is_on = True
-        # Another package's wrapper above it can keep the layer in place: it does nothing then.
-        wrapper = (row.wrapper, lambda: self._is_on)
-        self._layer = wrapt.wrap_object(self._owner, self._attribute, _Wrapped, wrapper)
+        if row.is_descriptor:
+            self._layer = row.wrapper
+            setattr(self._owner, self._attribute, row.wrapper)
+        else:
+            # Another package's wrapper above it can keep the layer in place: it does nothing then.
+            wrapper = (row.wrapper, lambda: self._is_on)
+            self._layer = wrapt.wrap_object(self._owner, self._attribute, _Wrapped, wrapper)
 
     def __str__(self) -> str:
-        return f"{self._row.module}.{self._row.path}"
+        return f"{self.row.module}.{self.row.path}"
 
     def displaced_by(self) -> str:
-        """What has taken its place, or "": a call of the target still reaches the wrapper."""
+        """What has taken its place, or "" while it is among what sits there.
+
+        Only for information. A function of another package that sits on top may call it or not, and
+        one without ``__wrapped__`` looks like a replacement also where it does.
+        """
         try:
-            owner, attribute = self._row.locate()
+            owner, attribute = self.row.locate()
         except AttributeError as error:
             return str(error)
-        current = vars(owner).get(attribute)
         if owner is not self._owner:
-            return f"{self._row.module} has been loaded anew"
-        if self._is_on and any(
-            # A wrapper made with functools.wraps has our wrapper as bound to the class below it.
-            layer is self._layer or getattr(layer, "_self_parent", None) is self._layer
-            for layer in layers(current)
-        ):
+            return f"{self.row.module} has been loaded anew"
+        current = vars(owner).get(attribute)
+        if self._is_on and self._is_below(current):
             return ""
         return f"{self} has been replaced by something of {written_in(current)}"
 
+    def _is_below(self, current: Any) -> bool:
+        # A wrapper made with functools.wraps has our wrapper as bound to the class below it.
+        return wrapt.is_wrapped_by(
+            current,
+            predicate=lambda layer: (
+                layer is self._layer or getattr(layer, "_self_parent", None) is self._layer
+            ),
+        )
+
     def undo(self) -> bool:
         """Take the patch out; False if another package's wrapper above it prevents that."""
-        with suppress(wrapt.WrapperNotOutermostError):
-            wrapt.unwrap_object(self._owner, self._attribute, self._layer, missing_ok=True)
+        if self.row.is_descriptor:
+            if vars(self._owner).get(self._attribute) is self._layer:
+                delattr(self._owner, self._attribute)
+        else:
+            with suppress(wrapt.WrapperNotOutermostError):
+                wrapt.unwrap_object(self._owner, self._attribute, self._layer, missing_ok=True)
         is_out = bool(self.displaced_by())
         self._is_on = False
         return is_out
@@ -87,28 +121,6 @@ class _Wrapped(wrapt.FunctionWrapper):  # type: ignore[type-arg]
     def __reduce_ex__(self, protocol: Any) -> str:
         name: str = self.__wrapped__.__qualname__
         return name
-
-
-def layers(function: Any) -> Iterator[Any]:
-    """`function` and what it wraps, as far as each layer can call the next.
-
-    ``functools.wraps`` marks a function as a wrapper even if it never calls what it replaces.
-    """
-    while function is not None:
-        yield function
-        inner = getattr(function, "__wrapped__", None)
-        function = inner if inner is not None and _can_call(function, inner) else None
-
-
-def _can_call(outer: Any, inner: Any) -> bool:
-    if type(outer) is not FunctionType:
-        return True
-    held: list[Any] = [*(outer.__defaults__ or ()), *(outer.__kwdefaults__ or {}).values()]
-    for cell in outer.__closure__ or ():
-        with suppress(ValueError):  # it is empty
-            held.append(cell.cell_contents)
-    held += [outer.__globals__.get(name) for name in outer.__code__.co_names]
-    return any(thing is inner for thing in held)
 
 
 def written_in(layer: Any) -> str:

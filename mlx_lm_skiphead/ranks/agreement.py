@@ -2,9 +2,9 @@
 
 A rank with the plugin beside one without would wait in other collectives, for ever. mlx-lm's
 `sharded_load` ends in a sum of ones over all ranks, patched or not: here a rank with the plugin
-adds more than one to it, and sees from the sum who did not. Only where all have the plugin do they
-exchange what they have in another collective; and the type of the hidden states, which a rank that
-has no embedding cannot know.
+adds more than one to it, and sees from the sum who did not. A collective of the plugin's own would
+wait for ever for a rank without it. Only where all have the plugin do they tell each other more in
+another collective.
 
 Not looked at: a model that a program splits by its own ``model.model.pipeline(group)``. There
 ``mlx-lm-skiphead doctor`` under ``mlx.launch`` compares the ranks.
@@ -14,14 +14,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import sys
-import threading
 import zlib
 from collections.abc import Callable
 from importlib import metadata
-from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -29,19 +24,19 @@ import mlx.core as mx
 from .. import config
 from ..families import FAMILIES, LOADING_MODULE
 from ..patching import drift, registry
+from ..patching.frames import caller
 from ..patching.handles import Patch
-from ..patching.registry import MLX, SkipheadError
-from ..weights import on_disk
+from ..patching.registry import SkipheadError
 from . import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Of `_exchanged`: plugins of another one must not get as far as that."""
 MARK = 4096 + PROTOCOL
 """What a rank with the plugin adds to the sum besides its one. Sums of it are exact in float32, for
 up to 4,000 ranks; and of two protocols no mixture is a multiple of either."""
-SETTINGS_BYTES = 2048
+SETTINGS_BYTES = 4096
 FOR_ALL = (
     f"All ranks must have the same {config.VARIABLE}: set it for all, as in mlx.launch --env "
     f"{config.VARIABLE}=1 ..., and have every rank import mlx_lm_skiphead. And install the same "
@@ -49,18 +44,25 @@ FOR_ALL = (
 )
 
 
-def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+told: list[tuple[Callable[[], dict[str, str]], Callable[[list[dict[str, str]]], None]]] = []
+"""What else the ranks tell each other where a model loads, in pairs: a function that gives what
+this rank says, by name, and one that is given what all have said, by rank."""
+
+
+def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of `mx.distributed.all_sum`: looks whether all ranks agree, where a model loads.
 
     Raises:
-        SkipheadError: if they do not; the message says in what and what to do. In a thread that
-            is not the main one it is logged, and SIGTERM ends the process.
+        SkipheadError: if they do not; the message says in what and what to do. It is logged too,
+            since a server's thread may be what loads.
     """
     # The sum at the end of loading is of scalars; those of tensor parallelism are in each layer,
     # and are not to pay for a look at the stack.
     if not args or getattr(args[0], "ndim", 0) > 0:
         return wrapped(*args, **kwargs)
-    group = _pipeline_group(sys._getframe(1))
+    # By frame: sharded_load may have been imported by name before the plugin.
+    loader = caller(LOADING_MODULE, "sharded_load")
+    group = loader and loader.f_locals.get("pipeline_group")
     if group is None or group.size() == 1:
         return wrapped(*args, **kwargs)
     ranks = mx.distributed.init().size()
@@ -70,42 +72,16 @@ def all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
     try:
         with watch.watched(lambda seconds: f"{here}: {seconds:.0f} s for all ranks to have loaded"):
             _check_sum(int(total.item()) - ranks, ranks)
-            by_rank = _exchanged()
-            embedded = [settings.pop("embedded") for settings in by_rank]
-            _check_settings(by_rank)
-        on_disk.embed_as(next(filter(None, embedded), ""))
-        watch.agreed = True
+            settings = _settings()
+            by_rank = _exchanged(settings | {k: v for tell, _ in told for k, v in tell().items()})
+            _check_settings([{name: said[name] for name in settings} for said in by_rank])
     except SkipheadError as error:
-        if threading.current_thread() is not threading.main_thread():
-            # As in mlx_lm.server, where this thread would end, and the ranks wait for ever.
-            log.critical("%s This process ends.", error)
-            os.kill(os.getpid(), signal.SIGTERM)
-        if "OMPI_COMM_WORLD_RANK" in os.environ:
-            sys.excepthook = _end_at_once
+        log.critical("%s", error)
         raise
+    for _, hear in told:
+        hear(by_rank)
+    watch.agreed = True
     return mx.array(float(ranks))
-
-
-def _end_at_once(*error: Any) -> None:
-    """A `sys.excepthook`: at its exit MPI would wait for ranks that wait for this one."""
-    sys.__excepthook__(*error)
-    sys.stderr.flush()
-    os._exit(1)
-
-
-def _pipeline_group(frame: FrameType | None) -> Any:
-    """The group that `sharded_load` splits a model over, if it is what calls.
-
-    By frame, and not by wrapping it: it may have been imported by name before the plugin.
-    """
-    while frame is not None:
-        if (
-            frame.f_code.co_name == "sharded_load"
-            and frame.f_globals.get("__name__") == LOADING_MODULE
-        ):
-            return frame.f_locals.get("pipeline_group")
-        frame = frame.f_back
-    return None
 
 
 def _check_sum(marks: int, ranks: int) -> None:
@@ -138,13 +114,12 @@ def _settings() -> dict[str, str]:
     }
 
 
-def _exchanged() -> list[dict[str, str]]:
-    """The settings of all ranks, by rank, and the type of what each embeds.
+def _exchanged(settings: dict[str, str]) -> list[dict[str, str]]:
+    """The settings of all ranks, by rank.
 
     Raises:
         SkipheadError: if what arrives is not what a rank sends.
     """
-    settings = {**_settings(), "embedded": on_disk.embedded_type()}
     data = json.dumps(settings).encode().ljust(SETTINGS_BYTES)
     everything = mx.distributed.all_gather(mx.array(list(data), mx.uint8), stream=mx.cpu)
     gathered = bytes(everything.tolist())  # type: ignore[arg-type]
@@ -167,4 +142,5 @@ def _check_settings(by_rank: list[dict[str, str]]) -> None:
 
 
 _LOST = "ranks that differ are not told apart where a model loads"
-PATCHES = (Patch(MLX, MLX, "distributed.all_sum", all_sum, drift.anything, _LOST),)
+AGREEMENT = "comparison of ranks"
+PATCHES = (Patch(AGREEMENT, "mlx.core", "distributed.all_sum", on_all_sum, drift.anything, _LOST),)

@@ -71,7 +71,7 @@ def _start() -> None:
 def _look() -> None:
     last = time.monotonic()
     while True:
-        pause = min(1.0, config.watch / 4)
+        pause = min(1.0, config.watch / 4) or 1.0  # 0: an install() without a watch has followed
         time.sleep(pause)
         now = time.monotonic()
         stopped, last = now - last - 2 * pause, now
@@ -83,7 +83,7 @@ def _tell(now: float, stopped: float) -> None:
     for step in list(_under_way):
         if stopped:  # this process itself was
             step.began += stopped
-        elif now - step.began > config.watch and not step.told:
+        elif 0 < config.watch < now - step.began and not step.told:
             step.told = step.describe(now - step.began)
             usual = "" if agreed else NOT_COMPARED
             usual = f"usually {usual}{CAUSES}; " if "rank" in step.told.partition(": ")[2] else ""

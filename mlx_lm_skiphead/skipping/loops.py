@@ -2,8 +2,7 @@
 
 - `generate_step` serves `generate`, `stream_generate`, `mlx_lm.chat` and `mlx_lm.benchmark`;
 - `GenerationBatch` serves `BatchGenerator`, `batch_generate` and `mlx_lm.server`;
-- `speculative_generate_step`, where a pipelined model checks what a draft model on every rank
-  proposes.
+- `speculative_generate_step` is wrapped in speculation.py.
 
 It is upstream's loop that runs, each time, with its steps built inside a `Run`, and with samplers
 whose ids are rank 0's. Not touched: a loop that was imported by name before the plugin.
@@ -16,33 +15,42 @@ as a `RuntimeError`.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Generator
+import zlib
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
-import wrapt
 
 from .. import config
-from ..families import LOOPS_MODULE
-from ..patching import drift, registry
+from ..families import LOOPS_MODULE, stage_in
+from ..patching import drift
 from ..patching.handles import Patch
+from ..patching.registry import this_thread
 from ..ranks import watch
-from .sharing import Run, Sampling
+from .head import BROADCAST
+from .sharing import Run, Sampling, has_begun, has_ended
 
 Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+LOST = "every rank runs the head in it"
 
 
-def run_of(model: Any, loop: str) -> Run | None:
-    """A run of `model`, or None where there is no head to skip: one rank, or not patched."""
-    split = registry.split_of(model) if registry.target(loop).state == "patched" else None
-    if split is None:
+def run_of(model: Any, prompt: Iterable[int]) -> Run | None:
+    """A run of `model`, or None where there is no head to skip.
+
+    Args:
+        model: as mlx-lm loads it.
+        prompt: the ids that all ranks should have been given.
+    """
+    stage = None if config.active == "off" else stage_in(model)
+    if stage is None:
         return None
-    return Run(split.owner, split.stage.pipeline_rank, split.stage.pipeline_size)
+    checksum = zlib.crc32(array("q", prompt).tobytes())
+    return Run(stage, stage.pipeline_rank, stage.pipeline_size, checksum)
 
 
 def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -51,122 +59,48 @@ def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -
     Yields rank 0's tokens on every rank. The logprobs beside them are rank 0's on rank 0, and NaN
     on workers.
     """
-    given, run = _begin("generate_step", wrapped, args, kwargs)
+    given, run = begin(wrapped, args, kwargs)
     if run is None:
         return wrapped(*args, **kwargs)
-    sampler = run.sampler(given["sampler"] or _greedy)
+    sampler = run.sampler(given["sampler"]) if given["sampler"] else greedy
     changed = {
         "sampler": lambda logprobs: run.share(sampler(logprobs)),
-        "logits_processors": [run.processor(p) for p in given["logits_processors"] or ()],
+        "logits_processors": Processors(run, given["logits_processors"]),
         "prompt_progress_callback": run.callback(given["prompt_progress_callback"]),
     }
-    return _steps(run, wrapped, given | changed, (args, kwargs), in_flight=1)
+    return steps(run, wrapped, given | changed, (args, kwargs), in_flight=1)
 
 
-def speculative_generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
-    """The wrapper of `mlx_lm.generate.speculative_generate_step(prompt, model, draft_model, ...)`.
+class Processors:
+    """The program's logits processors, guarded. As upstream, they may change between two steps."""
 
-    The tokens that the pipelined `model` accepts are shared, all of a step at once. What the draft
-    model proposes is sampled on every rank, as upstream does; the share compares it.
-    """
-    given, run = _begin("speculative_generate_step", wrapped, args, kwargs)
-    if run is None:
-        return wrapped(*args, **kwargs)
-    changed = {
-        "draft_model": _Draft(given["draft_model"], run),
-        "sampler": _Speculation(run, given["sampler"] or _greedy).sample,
-        "logits_processors": [run.processor(p) for p in given["logits_processors"] or ()],
-    }
-    return _steps(run, wrapped, given | changed, (args, kwargs), in_flight=0)
-
-
-class _Speculation:
-    """Sampling in `speculative_generate_step`, which samples for both models.
-
-    The step's positions come all at once, or, with logits processors, one after another: rank 0
-    collects what it samples and shares with the last one. A worker shares with the first, and so
-    has what the processors of the next positions may look at.
-    """
-
-    def __init__(self, run: Run, sampler: Sampling) -> None:
+    def __init__(self, run: Run, processors: Any) -> None:
         self._run = run
-        run.fails_at_once = False  # some ranks have shared then, and in drafting none can
-        self._sampler = run.sampler(sampler)
-        self._tokens = mx.array([], mx.uint32)
-        """Of this step: on rank 0 what it has sampled, on a worker what it has yet to give out."""
+        self._processors = () if processors is None else processors
 
-    def sample(self, logprobs: mx.array) -> mx.array:
-        """Tokens ``(n,)`` of ``(n, V)``: the draft's, or rank 0's for the pipelined model."""
-        run, rows = self._run, logprobs.shape[0]
-        sampled = self._sampler(logprobs)
-        if not run.sent and not self._tokens.size:
-            return sampled  # the draft's
-        if not (run.is_worker and self._tokens.size):
-            positions = run.sent[0].shape[1]
-            mine = mx.concatenate([self._tokens, sampled])
-            if run.is_worker:  # whose ids count for nothing
-                mine = mx.broadcast_to(sampled[:1], (positions,))
-            elif run.failures:
-                mine = mx.zeros((positions,), mx.uint32)
-            elif mine.size < positions:
-                self._tokens = mine
-                return sampled
-            assert run.inputs is not None
-            shared = run.share(mine, compare=run.inputs.flatten())
-            self._tokens = shared if run.is_worker else shared[positions - rows :]
-        tokens, self._tokens = self._tokens[:rows], self._tokens[rows:]
-        if not self._tokens.size:
-            self._agree()
-        return tokens
+    def __len__(self) -> int:
+        return len(self._processors)
 
-    def _agree(self) -> None:
-        """What rank 0 raised, all raise; and drafts that differ are an error on all ranks at once.
-
-        Waits for the share, as upstream does next.
-        """
-        share = self._run.shares[-1]
-        if self._run.failures:  # a worker's, after it had shared
-            self._run.shares[-1] = share._replace(key=self._run.key)
-        drafts = [row[share.size + 1 :] for row in share.rows()]
-        self._run.check(in_flight=0)
-        if any(draft != drafts[0] for draft in drafts):
-            self._run.has_failed = True
-            raise RuntimeError(
-                "The ranks differ in what the draft model proposed: a sampler or a logits "
-                "processor keeps a state that depends on the values of logits, which workers do "
-                "not compute with mlx-lm-skiphead. Call mlx_lm_skiphead.uninstall() on all ranks "
-                f"before this generation. The ids by rank were {drafts}."
-            )
-
-
-class _Draft(wrapt.CallableObjectProxy):  # type: ignore[type-arg]
-    """The draft model, where a call says that what is sampled next is its own."""
-
-    def __init__(self, draft_model: Any, run: Run) -> None:
-        super().__init__(draft_model)
-        self._self_run = run
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._self_run.sent.clear()
-        return self.__wrapped__(*args, **kwargs)
+    def __iter__(self) -> Iterator[Sampling]:
+        return map(self._run.processor, self._processors)
 
 
 def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
     """The wrapper of `mlx_lm.generate.GenerationBatch._step`: one share for the whole batch."""
     if "_skiphead_run" not in vars(batch):
-        _set_run(batch, run_of(batch.model, "GenerationBatch"))
+        last = batch._next_tokens.tolist()
+        ids = [t for ids, end in zip(batch.tokens, last, strict=False) for t in (*ids, end)]
+        _set_run(batch, run_of(batch.model, ids))
     run = _get_run(batch)
     if run is None:
         return wrapped(*args, **kwargs)
-    cls, guards = type(batch), _guards(batch, run)
+    guards = _guards(batch, run)
     own = {name: vars(batch)[name] for name in guards}
-    with run.step():
+    with run.building():
         try:
             vars(batch).update(guards)
-            batch.__class__ = _sharing(cls)  # type: ignore[arg-type]
             result = wrapped(*args, **kwargs)
         finally:
-            batch.__class__ = cls
             vars(batch).update(own)
         run.check(in_flight=1)
     return result
@@ -179,7 +113,7 @@ def _get_run(batch: Any) -> Any:
 def _set_run(batch: Any, run: Run | None) -> None:
     vars(batch)["_skiphead_run"] = run
     if run is not None:
-        registry.running.add(batch)
+        has_begun(batch)
 
 
 def _guards(batch: Any, run: Run) -> dict[str, Any]:
@@ -196,21 +130,25 @@ def _guards(batch: Any, run: Run) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _sharing(cls: type) -> type:
-    """`cls`, a `GenerationBatch`, in which assigning the sampled tokens shares them.
+class NextTokens:
+    """A data descriptor for `GenerationBatch._next_tokens`: a step that assigns it shares it.
 
     The assignment is where upstream has sampled, in whichever way, and has not yet begun to
     compute the step: sharing after that would lose the overlap of building and computing.
     """
 
-    def next_tokens(self: Any) -> Any:
-        return vars(self)["_next_tokens"]
+    def __get__(self, batch: Any, cls: type | None = None) -> Any:
+        if batch is None:
+            return self
+        try:
+            return vars(batch)["_next_tokens"]
+        except KeyError:
+            raise AttributeError("_next_tokens") from None
 
-    def share(self: Any, tokens: Any) -> None:
-        vars(self)["_next_tokens"] = _get_run(self).share(tokens)
-
-    return type(cls.__name__, (cls,), {"_next_tokens": property(next_tokens, share)})
+    def __set__(self, batch: Any, tokens: Any) -> None:
+        run = _get_run(batch)
+        is_step = run is not None and this_thread.run is run
+        vars(batch)["_next_tokens"] = run.share(tokens) if is_step else tokens
 
 
 def batch_extend(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -222,7 +160,6 @@ def batch_extend(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     elif theirs is not None:
         mine.shares.extend(theirs.shares)
         mine.last = mine.last if theirs.last is None else theirs.last
-        mine.failures.update(theirs.failures)
 
 
 def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -232,8 +169,8 @@ def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     evaluates it; here its weights are not even read.
     """
     # Between prompts it is called for each step, and has nothing to do.
-    run = run_of(batch.model, "GenerationBatch") if batch.uids else None
-    with run.step() if run else nullcontext():
+    run = run_of(batch.model, ()) if batch.uids else None
+    with run.building() if run else nullcontext():
         return wrapped(*args, **kwargs)
 
 
@@ -242,52 +179,57 @@ def batch_close(wrapped: Wrapped, generator: Any, args: Args, kwargs: Kwargs) ->
     wrapped(*args, **kwargs)
     batch = vars(generator).get("_generation_batch")
     run = None if batch is None else _get_run(batch)
-    if run is not None:
-        registry.running.discard(batch)
+    # Without: Python is exiting, where names of modules are gone before what is closed then.
+    if run is not None and has_ended is not None:
+        has_ended(batch)
         run.finish(generator._stream)
 
 
-def _row(path: str, wrapper: Any, needs: drift.Needs) -> Patch:
+def row(path: str, wrapper: Any, needs: drift.Needs) -> Patch:
+    """The row of a loop in the table of patches."""
     group = path if "." not in path else "GenerationBatch"
-    return Patch(group, LOOPS_MODULE, path, wrapper, needs, "every rank runs the head in it")
+    return Patch(group, LOOPS_MODULE, path, wrapper, needs, LOST, base=BROADCAST)
 
 
 _SAMPLING = ("samplers", "fallback_sampler", "logits_processors")
 _CALL = drift.signature(
     "model", "sampler", "logits_processors", "prompt_progress_callback", is_generator=True
 )
-_DRAFTED = drift.signature(
-    "model", "draft_model", "sampler", "logits_processors", is_generator=True
-)
-_STEP = drift.uses("model", "uids", *_SAMPLING, assigns="_next_tokens")
+_STEP = drift.uses("model", "uids", "tokens", *_SAMPLING, assigns="_next_tokens")
 PATCHES = (
-    _row("generate_step", generate_step, _CALL),
-    _row("speculative_generate_step", speculative_generate_step, _DRAFTED),
-    _row("GenerationBatch._step", batch_step, _STEP),
-    _row("GenerationBatch.extend", batch_extend, drift.signature("batch")),
-    _row("PromptProcessingBatch.prompt", batch_prompt, drift.uses("model")),
-    _row("BatchGenerator.close", batch_close, drift.uses("_stream")),
+    row("generate_step", generate_step, _CALL),
+    row("GenerationBatch._step", batch_step, _STEP),
+    row("GenerationBatch._next_tokens", NextTokens(), drift.nothing),
+    row("GenerationBatch.extend", batch_extend, drift.signature("batch")),
+    row("PromptProcessingBatch.prompt", batch_prompt, drift.uses("model")),
+    row("BatchGenerator.close", batch_close, drift.uses("_stream")),
 )
 
 
-def _begin(loop: str, wrapped: Wrapped, args: Args, kwargs: Kwargs) -> tuple[Kwargs, Run | None]:
-    """What `wrapped` was given or takes by default, by name; and a run if its model is split."""
+def begin(wrapped: Wrapped, args: Args, kwargs: Kwargs) -> tuple[Kwargs, Run | None]:
+    """The arguments of `wrapped`, given or by default, by name; and a run if its model is split."""
     try:
         bound = inspect.signature(wrapped).bind(*args, **kwargs)
     except TypeError:  # which it will raise itself
         return {}, None
     bound.apply_defaults()
-    return bound.arguments, run_of(bound.arguments["model"], loop)
+    given = bound.arguments
+    prompt = getattr(given["prompt"], "tolist", lambda: ())()
+    return given, run_of(given["model"], prompt if isinstance(prompt, list) else ())
 
 
-def _steps(
+def steps(
     run: Run, wrapped: Wrapped, changed: Kwargs, upstream: tuple[Args, Kwargs], in_flight: int
 ) -> Generator[Any, None, None]:
     """The loop with `changed` arguments, each step of it built inside `run`; the last is finished.
 
-    `upstream` are the arguments of the call, for a generation that begins when the plugin has been
-    uninstalled. `in_flight` is how many shares the loop has begun and not waited for when it
-    yields.
+    Args:
+        run: the generation.
+        wrapped: upstream's loop.
+        changed: its arguments.
+        upstream: the arguments of the call, for a generation that begins when the plugin has been
+            uninstalled.
+        in_flight: how many shares the loop has begun and not waited for when it yields.
     """
     if config.active == "off":
         yield from wrapped(*upstream[0], **upstream[1])
@@ -295,10 +237,10 @@ def _steps(
     loop = wrapped(**changed)
     # mlx-lm 0.31 has the one stream of the module in place of the parameter.
     stream = changed.get("stream") or inspect.unwrap(wrapped).__globals__["generation_stream"]
-    registry.running.add(run)
+    has_begun(run)
     try:
         while True:
-            with run.step():
+            with run.building():
                 step = next(loop, None)
                 if step is not None:
                     run.check(in_flight)
@@ -315,8 +257,9 @@ def _steps(
             run.finish(stream)
         raise
     finally:
-        registry.running.discard(run)
+        has_ended(run)
 
 
-def _greedy(logprobs: mx.array) -> mx.array:
+def greedy(logprobs: mx.array) -> mx.array:
+    """The default sampler: the most likely ids ``(B,)`` of logprobs ``(B, V)``."""
     return mx.argmax(logprobs, axis=-1)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from .. import config
-from .sharing import Run, during, this_thread
+from ..patching.registry import during, this_thread
+from .sharing import Run, Step
 
 
 class _Own(threading.local):
@@ -42,7 +43,8 @@ def share_tokens(tokens: mx.array) -> mx.array:
     """Give every rank rank 0's tokens, with one collective; for a loop of your own.
 
     On one rank, `tokens` itself. Otherwise all ranks must call it, after each step, whether the
-    plugin is on or off. The exchange begins at once, whether its result is used or not.
+    plugin is on or off. The exchange begins at once, whether its result is used or not. Any other
+    choice of rank 0's is shared alike, as an array of integers.
 
     Args:
         tokens: ids, integers of any shape. The shape must be the same on all ranks; of the ids
@@ -54,7 +56,7 @@ def share_tokens(tokens: mx.array) -> mx.array:
     Raises:
         TypeError: if `tokens` is no array of integers.
         ValueError: if it has another batch size than the model call before it.
-        RuntimeError: inside a loop of mlx-lm, which shares tokens itself.
+        RuntimeError: inside a ``rank_zero_head()`` block.
     """
     if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
         given = tokens.dtype if isinstance(tokens, mx.array) else type(tokens).__name__
@@ -68,14 +70,15 @@ def share_tokens(tokens: mx.array) -> mx.array:
         return tokens
     run = _own_run()
     if config.active == "off":
-        run.sent = []
-    if run.sent and (tokens.ndim == 0 or tokens.shape[0] != run.sent[-1].shape[0]):
+        run.step = Step()
+    hidden = run.step.hidden
+    if hidden and (tokens.ndim == 0 or tokens.shape[0] != hidden[-1].shape[0]):
         raise ValueError(
             f"share_tokens() got tokens of shape {tokens.shape} after a model call with a batch of "
-            f"{run.sent[-1].shape[0]}. The shape must be the same on all ranks, the batch first."
+            f"{hidden[-1].shape[0]}. The shape must be the same on all ranks, the batch first."
         )
-    run.sent = run.sent or [tokens]
-    shared = run.share(tokens)
+    run.step.hidden = hidden or [tokens]
+    shared = run.share(tokens, tokens.shape)
     run.shares.clear()
     mx.async_eval(shared)  # type: ignore[no-untyped-call]
     return shared

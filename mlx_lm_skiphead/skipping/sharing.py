@@ -1,32 +1,44 @@
 """The token share: every rank gets the ids that rank 0 sampled, with one collective a step.
 
-A `Run` is one generation over a pipelined model, on one rank. While a step of it is being built,
-in its ``with`` block, the model's hidden broadcast is left out and a worker's logits are NaN
-(head.py). Samplers and logits processors run on every rank, as upstream; `Run.share` then puts
-rank 0's ids in the place of what each rank sampled, and MLX never computes what nobody uses.
+A step on two ranks; brackets are collectives, which all ranks take part in:
+
+    unpatched   rank 1   embed, layers, send     [hidden states]   norm, head, sample
+                rank 0   receive, layers         [hidden states]   norm, head, sample
+
+    plugin      rank 1   embed, layers, send      NaN, sample      [ids]
+                rank 0   receive, layers    norm, head, sample     [ids]
 
 To skip the head without sharing the ids would be wrong: every rank would sample from its own
-logits, and the rank that embeds the next token is the last, not rank 0. The share takes the place
-of the hidden broadcast: as many collectives as upstream, and smaller. What a worker adds to it
-waits for its own send to the next rank, and so makes it happen.
+logits, and the rank that embeds the next token is the last one, not rank 0. The share takes the
+place of the hidden broadcast: as many collectives as upstream, and smaller.
 
-Words: the *head rank* is rank 0, which runs the last layers and the head; a *worker* is any other
-rank; the *hidden broadcast* is the ``all_gather`` by which upstream gives all ranks the input of
-the head.
+A `Run` is one generation over a pipelined model, on one rank. While a step of it is being built,
+the hidden broadcast of its model is left out and a worker's logits are NaN (head.py). Samplers and
+logits processors run on every rank, as upstream, with what they give computed. Then `Run.share`
+puts rank 0's ids in the place of what each rank sampled.
+
+Words: the *head rank* is rank 0, which runs the last layers, the final norm and the head; a
+*worker* is any other rank; the *hidden broadcast* is the ``all_gather`` by which upstream gives all
+ranks the input of the head; the *stage* is the pipelined model, which has that ``all_gather``.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
 
 import mlx.core as mx
 
+from ..patching.handles import written_in
+from ..patching.registry import during
 from ..ranks import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
@@ -36,190 +48,280 @@ Sampling = Callable[..., mx.array]
 logits ``(1, V)`` of the ids so far and logits."""
 
 FINE, FAILED = 0x534B4950, 0x46410000
-"""What a rank says of its sampling: no number that a rank without the plugin would send. To the
-second it adds which call of a sampler or a logits processor failed, below `CALLS`."""
-CALLS = 1 << 16
-COMPUTED_EVERY = 32
-"""Steps after which a worker computes what it sampled itself, so that the graph of a sampler's own
-state (a random key, say) does not grow for ever."""
+"""The word of a rank in a share: `FINE`; or, where a sampler or a logits processor has raised in
+this step, `FAILED` and the number of that call within the step, in the lower 16 bits."""
+FAILED_CALLS = 1 << 16
+
+FAILED_ON_RANK_0 = (
+    "A sampler or a logits processor failed on rank 0; the error is in the output of that rank."
+)
+NO_SHARE = (
+    "Rank {} has sent something else than a token share. Either a collective of the program's own "
+    "has come in between two steps (do it inside mx.stream(mlx_lm.generate.generation_stream), or "
+    "when no generation is running), or the ranks were given prompts of different lengths, or "
+    "mlx-lm-skiphead is off on that rank or of another version."
+)
+OTHER_PROMPT = (
+    "Another prompt than rank 0's was given to rank {}, so the answer is to a mixture. Usually the "
+    "program has chosen the prompt by values of logits or logprobs, which are NaN on all ranks but "
+    "0 with mlx-lm-skiphead. Let rank 0 choose, and share its choice: choice = "
+    "mlx_lm_skiphead.share_tokens(mx.array([choice]))."
+)
 
 
-class _PerThread(threading.local):
-    run: Run | None = None
-    """The run whose step this thread is building."""
-    forward: Any = None
-    """The forward pass of a pipelined model that is being built (head.py)."""
+_running: weakref.WeakSet[Any] = weakref.WeakSet()
+_running_lock = threading.Lock()
 
 
-this_thread = _PerThread()
+def has_begun(generation: Any) -> None:
+    """Note a run, or a batch of requests, which counts while it has some."""
+    with _running_lock:
+        _running.add(generation)
 
 
-@contextmanager
-def during(**values: Any) -> Iterator[None]:
-    """Inside the ``with`` block `this_thread` has these attributes."""
-    before = {name: getattr(this_thread, name) for name in values}
-    vars(this_thread).update(values)
-    try:
-        yield
-    finally:
-        vars(this_thread).update(before)
+def has_ended(generation: Any) -> None:
+    with _running_lock:
+        _running.discard(generation)
+
+
+def generations() -> int:
+    """How many generations are running."""
+    with _running_lock:
+        return sum(bool(generation) for generation in list(_running))
+
+
+@dataclass
+class Step:
+    """The step that a rank is building, or has in flight."""
+
+    hidden: list[mx.array] = field(default_factory=list)
+    """Hidden states ``(B, L, H)`` that were not broadcast, one of each forward pass."""
+    gather: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    """The other arguments with which upstream would have broadcast them: a group, a stream."""
+    vocabulary: int = 0
+    """The width of the logits; 0 if it is not known."""
+    calls: int = 0
+    """How often a sampler or a logits processor has been called."""
+    is_programs: bool = False
+    """Whether one of them was not mlx-lm's own."""
+    errors: dict[int, BaseException] = field(default_factory=dict)
+    """The errors that they have raised, by the number of the call."""
+    key: mx.array | None = None
+    """The key of `mx.random` when the step began, or at the first of these errors."""
 
 
 class Run:
     """A generation over a pipelined model, on one rank.
 
-    Its steps are built inside ``with run.step()``.
-
     Args:
-        owner: the head owner within the model (`Family.owner_of`), or None for any model.
+        stage: the pipelined model; None for a loop of the user's own, which may have several.
         rank: this rank. Any but 0 is a worker.
         ranks: how many there are.
+        prompt: a checksum of the ids of the prompt, which the ranks compare.
     """
 
-    def __init__(self, owner: Any, rank: int, ranks: int) -> None:
-        self.owner = owner
+    def __init__(self, stage: Any, rank: int, ranks: int, prompt: int | None = None) -> None:
+        self.stage = stage
         self.rank = rank
         self.ranks = ranks
-        self.is_worker = rank != 0
-        self.sent: list[mx.array] = []
-        """What was left out of the hidden broadcast since the last share, ``(B, L, H)`` each: on a
-        worker its sends."""
-        self.broadcast: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        """How upstream calls the hidden broadcast: a group or a stream, if it gives one."""
-        self.inputs: mx.array | None = None
-        """Ids that the last forward pass was given, ``(B, L)``."""
-        self.vocabulary = 0
-        """The width of its logits."""
-        self.failures: dict[int, BaseException] = {}
-        """What samplers and logits processors have raised on this rank, by number of the call. It
-        is raised if rank 0 has failed in that call."""
-        self._past: dict[int, BaseException] = {}
-        """On a worker, that of the step before, whose share `check` has yet to look at."""
-        self.has_failed = False
-        """Whether all have."""
+        self.step = Step()
+        """The step that is being built."""
+        self.skips = False
+        """Whether the last forward pass of the loop's own went without its hidden broadcast."""
         self.shares: deque[Share] = deque()
-        """Those that `check` has yet to look at."""
+        """Shares in flight, which `check` has yet to look at."""
         self.last: mx.array | None = None
-        """The last share."""
-        self._is_sampling = False
-        self._call = 0
-        """The number of the last call of a sampler or a logits processor."""
-        self._leaves_at: int | None = None
-        """That of a call to come in which rank 0 has failed, and all are to leave."""
-        self._busy_with = ""
-        """What of the program's is being called, if anything."""
-        self.key: mx.array | None = None
-        """Of `mx.random`, when the step began or when this rank failed in it."""
-        self._given: mx.array | None = None
-        """What a worker got from the last share."""
-        self._early: mx.array | None = None
-        """Of this step, where a failure has shared it already."""
-        self.fails_at_once = True
-        """Whether what all ranks raise leaves at that call, as upstream, or at the step's share."""
-        self._steps = 0
-        self._batch = 0
+        """The last share, until `finish` has waited for it."""
+        self.calling = ""
+        """The kind of function of the program that runs now, if one does; for the watch."""
+        self.has_failed = False
+        """Whether all ranks have left this run with an error."""
+        self._prompt = prompt
+        self._ids: mx.array | None = None
+        """The ids that the last share gave."""
+        self._steps = self._batch = 0
         self._has_warned = False
 
+    @property
+    def is_worker(self) -> bool:
+        return self.rank != 0
+
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """In this thread calls of the model are of this run. Where it does not end, it is told."""
+    def building(self) -> Iterator[None]:
+        """Inside the ``with`` block this thread's calls of the model belong to this run."""
         with watch.watched(self.describe), during(run=self):
             yield
 
     def describe(self, seconds: float) -> str:
-        """What this rank is doing for `seconds`, in words."""
+        """What this rank has been waiting for since `seconds`, in words."""
         behind = f"hidden states of rank {self.rank + 1}" if self.rank + 1 < self.ranks else ""
-        token = "rank 0's token" if self.is_worker else ""
+        token = "rank 0's token" if self.is_worker and self._steps else ""
         where = f"step {self._steps}, batch {self._batch}" if self._steps else "prompt"
-        what = self._busy_with or " or ".join(filter(None, (behind, token if self._steps else "")))
+        what = self.calling or " or ".join(filter(None, (behind, token)))
         what = what or f"rank {self.rank - 1} to take its hidden states"
         return f"rank {self.rank} of {self.ranks}, {where}: {seconds:.0f} s for {what}"
 
-    @property
-    def is_extra(self) -> bool:
-        """Whether a call of the model now is not the loop's one call for a token."""
-        return self.owner is None or self._is_sampling
+    def leave_out(self, hidden: mx.array, *gather: Any, **options: Any) -> bool:
+        """A forward pass has come to its hidden broadcast: whether that is to be left out.
 
-    def begin_forward(self) -> None:
-        """A forward pass follows. What is left of an earlier one that was not shared is ordered.
-
-        Ranks must send and receive in one order. Within a graph MLX may choose; so what came first
-        is begun first. A loop's own calls without a share are its prefill, which it evaluates.
-        """
-        if self.sent and self.is_extra:
-            mx.async_eval(self.sent)  # type: ignore[no-untyped-call]
-        elif self.sent:
-            self.sent.clear()
-        if not self._is_sampling:
-            self._early = None
-            if self.is_worker and self.fails_at_once:
-                self._past, self.failures = self.failures, {}
-            self.key = self.key if self.failures else _random_key()
-
-    def share(self, tokens: mx.array, compare: mx.array | None = None) -> mx.array:
-        """Give every rank the ids that rank 0 sampled: the token share.
-
-        What a worker adds depends on its own sends and on nothing else, so that they happen. Each
-        rank adds at which call it failed to sample, if it did. Where all did, all leave at the call
-        that failed on rank 0, as upstream would, each with its own error of that call; where only
-        rank 0 and some others did, `check` raises in the next step; where only workers did, they go
-        on, since the ids are rank 0's anyway.
+        Not in a call that MLX only traces (`mx.compile`): what is left out there could not be
+        begun, and the share, which takes its place, not be had.
 
         Args:
-            tokens: ids, of a shape that is the same on all ranks; only rank 0's count.
-            compare: ids of shape ``(M,)`` that must be the same on all ranks; see `Share.rows`.
+            hidden: the hidden states ``(B, L, H)``: on a worker its send.
+            gather, options: the other arguments of the broadcast.
+        """
+        if self.stage is not None:
+            self.step.hidden.clear()  # of the prompt, which needs no share
+            if not self.step.errors:
+                self.step.key = _random_key()
+        self.step.hidden.append(hidden)
+        self.step.gather, self.skips = (gather, options), True
+        if self.stage is None:
+            # What follows is the program's, perhaps a second forward pass. MLX computes only what
+            # somebody asks for, in an order of its own; ranks must send and receive in one order.
+            try:
+                self.begin()
+            except ValueError:
+                self.step.hidden.pop()
+                return False
+        return True
+
+    def begin(self) -> None:
+        """Begin the forward passes that have been built.
+
+        Before anything of the program's is called: it may wait for another rank, which waits for
+        what this rank sends.
+        """
+        if self.step.hidden:
+            self._wait_on_host()
+            mx.async_eval(self.step.hidden)  # type: ignore[no-untyped-call]
+
+    def _wait_on_host(self) -> None:
+        """Where a GPU would spin for the ids of the step before, this thread waits for them."""
+        if self.is_worker and _waits_by_spinning() and self._ids is not None:
+            mx.eval(self._ids)
+
+    def share(
+        self, tokens: mx.array, shape: tuple[int, ...] = (), compare: tuple[mx.array, ...] = ()
+    ) -> mx.array:
+        """Give every rank the ids that rank 0 sampled: the token share, which ends the step.
+
+        Where the hidden states were broadcast after all, as upstream does, all ranks have sampled
+        from the same logits, and nothing is shared.
+
+        Args:
+            tokens: the ids that this rank has sampled; only rank 0's count.
+            shape: the shape that they must have; by default ``(B,)`` of the forward pass. A
+                worker's sampler may give another one, having seen NaN.
+            compare: ids of shape ``(M,)`` that should be the same on all ranks (`Share.compared`).
 
         Returns:
-            Rank 0's ids on every rank, in the shape and type of `tokens`.
+            Rank 0's ids on every rank, in the type of `tokens`.
         """
-        if self._early is not None:
-            early, self._early = self._early, None
-            if self._leaves_at is not None:
-                self._raise(self.shares[-1])
-            return early.reshape(tokens.shape).astype(tokens.dtype)
-        if not self.sent:
-            raise RuntimeError(
-                "A loop of mlx-lm sampled without a step of its pipelined model: another patch has "
-                "taken the place of mlx-lm-skiphead's. Unset MLX_LM_SKIPHEAD on all ranks, or "
-                "import that package first."
-            )
-        size, first = tokens.size, next(iter(self.failures), None)
-        word = FINE if first is None else FAILED + first % CALLS
-        sent, self.sent = self.sent, []
-        # On the CPU's stream: the GPU is waited for once, as for upstream's broadcast.
+        step, self.step = self.step, Step()
+        if not step.hidden:
+            self.skips = False
+            for error in step.errors.values():
+                raise error
+            return tokens
+        self.compute(tokens, step)
+        shape = shape or step.hidden[-1].shape[:1]
+        if tokens.size == math.prod(shape):
+            shape = tokens.shape
+        else:
+            if not self.is_worker and not step.errors:
+                text = (
+                    f"A sampler gave ids of shape {tokens.shape} where {shape} were to be sampled."
+                )
+                step.errors[step.calls] = ValueError(text)
+            tokens = mx.zeros(shape, mx.uint32)
+        words = [FAILED + next(iter(step.errors)) % FAILED_CALLS if step.errors else FINE]
+        if has_prompt := self._prompt is not None:
+            words.append(self._prompt)
+        # On the CPU's stream, where the collective is: a GPU is waited for once, as for upstream's
+        # broadcast.
         with mx.stream(mx.cpu):
-            if self.is_worker or self.failures:
-                mine = mx.depends(mx.array([0] * size + [word], mx.uint32), sent)
+            if self.is_worker or step.errors:
+                # Made anew: `mx.depends` of an array that has been computed runs on the GPU.
+                ids = mx.array([0] * tokens.size, mx.uint32)
             else:
-                # Also where a sampler's ids do not come from logits: first the receive, then this.
-                ids = mx.depends(tokens.flatten().astype(mx.uint32), sent)
-                mine = mx.concatenate([ids, mx.array([FINE], mx.uint32)])
-            if compare is not None:
-                mine = mx.concatenate([mine, compare.astype(mx.uint32)])
-        spins = self.is_worker and _waits_by_spinning()
-        if spins and self._given is not None:
-            mx.eval(self._given)  # of the step before; what is built since then is not begun
-        args, kwargs = self.broadcast
+                ids = tokens.flatten().astype(mx.uint32)
+            parts = [ids, mx.array(words, mx.uint32), *(a.astype(mx.uint32) for a in compare)]
+            # A worker waits for its own sends and for nothing else, rank 0 for what it receives.
+            mine = mx.depends(mx.concatenate(parts), step.hidden)
+        step.hidden = []
+        self._wait_on_host()
+        args, options = step.gather
         # On the stream that upstream's sends and receives take too: their order is the protocol.
-        everyone = self.last = mx.distributed.all_gather(mine, *args, **kwargs)
-        self.shares.append(Share(everyone, size, mine.size, self.key))
-        if self.failures:
-            self._settle(self.shares[-1])
-        self._steps, self._batch = self._steps + 1, size
-        if not self.is_worker and self.owner is not None:
-            # Its own ids. The exchange ends before the loop does (`finish`).
+        everyone = self.last = mx.distributed.all_gather(mine, *args, **options)
+        share = Share(everyone, tokens.size, mine.size, step, has_prompt)
+        self.shares.append(share)
+        self._steps, self._batch, self._prompt = self._steps + 1, tokens.size, None
+        if step.errors and FINE not in share.words():
+            self._leave(share, step)
+        # Where only this rank has failed it goes on with the step: all ranks must take the same
+        # number of shares, and the others learn of it when they look at this one.
+        if not self.is_worker:
             mx.async_eval(everyone)  # type: ignore[no-untyped-call]
             return tokens
-        if self.is_worker and self._steps % COMPUTED_EVERY == 0:
-            mx.async_eval(tokens)  # type: ignore[no-untyped-call]
-        with mx.stream(mx.cpu) if spins else nullcontext():
-            ids = everyone[:size]
+        with mx.stream(mx.cpu) if _waits_by_spinning() else nullcontext():
+            ids = everyone[: tokens.size]
             # A lost peer leaves random memory in the place of its ids, and on a CPU embedding that
             # would end this process before MLX raises.
-            if self.vocabulary and mx.default_device() == mx.cpu:
-                ids = mx.minimum(ids, self.vocabulary - 1)
-            self._given = ids.reshape(tokens.shape).astype(tokens.dtype)
-        return self._given
+            if step.vocabulary and mx.default_device() == mx.cpu:
+                ids = mx.minimum(ids, step.vocabulary - 1)
+            self._ids = ids.reshape(shape).astype(tokens.dtype)
+        return self._ids
+
+    def compute(self, tokens: mx.array, step: Step | None = None) -> None:
+        """Begin, on a worker, what it has sampled: as upstream, though rank 0's ids count.
+
+        The other ranks may wait for a collective in it. mlx-lm's own samplers have none, and no
+        state but the random key, which is not to become a long chain.
+        """
+        if self.is_worker:
+            is_programs = (step or self.step).is_programs
+            mx.async_eval(tokens if is_programs else mx.random.state)  # type: ignore[no-untyped-call]
+
+    def check(self, in_flight: int) -> None:
+        """Raise on all ranks if rank 0 has failed, before its ids are given out.
+
+        Args:
+            in_flight: how many of the last shares are not to be waited for.
+        """
+        if not self.is_worker and not any(step.errors for step in self._steps_in_flight()):
+            in_flight += 2  # rank 0 has nothing to wait for: what it looks at is there by then
+        while len(self.shares) > in_flight:
+            share = self.shares.popleft()
+            self._compare_prompts(share)
+            # In speculative decoding a worker may fail after it has shared.
+            step = self.step if self.step.errors else share.step
+            if (self.is_worker or step.errors) and share.words()[0] != FINE:
+                self._leave(share, step)
+            if step.errors and not self._has_warned:
+                self._has_warned = True
+                log.warning(
+                    "A sampler or a logits processor failed on this rank only, where the logits "
+                    "are NaN (%r). That changes nothing: the tokens are rank 0's.",
+                    next(iter(step.errors.values())),
+                )
+            self.step.errors.clear()
+
+    def _compare_prompts(self, share: Share) -> None:
+        prompts = share.prompts()
+        if others := [str(rank) for rank, prompt in enumerate(prompts) if prompt != prompts[0]]:
+            log.warning(OTHER_PROMPT.format(" and ".join(others)))
+
+    def _leave(self, share: Share, step: Step) -> NoReturn:
+        """Raise the error of the call that failed on rank 0; `mx.random` is what it was there."""
+        error = step.errors.get(share.words()[0] % FAILED_CALLS)
+        if self.is_worker and step.key is not None:
+            key: Any = step.key.tolist()
+            mx.random.seed(key[0] << 32 | key[1])
+        self.shares.clear()
+        self.has_failed = True
+        raise error or next(iter(step.errors.values()), None) or RuntimeError(FAILED_ON_RANK_0)
 
     def sampler(self, sampler: Sampling) -> Sampling:
         """`sampler`, whose failure waits for the share."""
@@ -230,103 +332,59 @@ class Run:
         return self._guarded(processor, lambda tokens, logits: logits)
 
     def _guarded(self, function: Sampling, otherwise: Sampling) -> Sampling:
-        """`function`; if it raises, a `failure`, and what `otherwise` gives.
+        """`function`, as upstream would call it: a model that it calls is not a step of this run.
 
-        The other ranks must not wait for what never comes: the step is shared first. If all have
-        failed, the error goes on. What comes after a failure is not called on rank 0, as upstream;
-        a worker's failure may be its own (it looked at NaN), and what counts calls must count them
-        all the same.
+        Where it raises, the step goes on with the result of `otherwise`. The other ranks must not
+        wait for a share that never comes: a step is always shared. Only Ctrl-C at this rank ends it
+        at once.
         """
+        is_programs = not written_in(function).startswith("mlx_lm.")
 
         def call(*args: mx.array) -> mx.array:
-            self._call += 1
-            if self.failures and not self.is_worker:
+            if not self.skips:
+                return function(*args)
+            # Rank 0 calls nothing after a failure, as upstream. A worker does: its failure may be
+            # its own (it looked at NaN), and a function that counts its calls must count them.
+            if not self.is_worker and any(step.errors for step in self._steps_in_flight()):
                 return otherwise(*args)
-            error: BaseException | None = None
-            before, self._is_sampling = self._is_sampling, True
+            if is_programs:
+                self.begin()
+            self.step.calls += 1
+            self.step.is_programs |= is_programs
             try:
-                with self._calling("a sampler or a logits processor"):
-                    result = function(*args)
-            except BaseException as why:
-                error, result = why, otherwise(*args)
-            finally:
-                self._is_sampling = before
-            if error is not None:
-                self.key = self.key if self.failures else _random_key()
-                self.failures[self._call] = error
-            if self._call == self._leaves_at:
-                self._raise(self.shares[-1]._replace(key=None))
-            if error is not None and self.fails_at_once and self.sent:
-                self._early = self.share(mx.zeros(self.sent[-1].shape[:1], mx.uint32))
-            return result
+                with self._calls("a sampler or a logits processor"):
+                    return function(*args)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                if not self.step.errors:
+                    self.step.key = _random_key()
+                self.step.errors[self.step.calls] = error
+                return otherwise(*args)
 
         return call
+
+    def _steps_in_flight(self) -> Iterator[Step]:
+        yield self.step
+        yield from (share.step for share in self.shares)
 
     def callback(self, callback: Callable[..., None] | None) -> Callable[..., None] | None:
         """A user's callback in a loop: a model that it calls is not a step of the loop."""
 
         def call(*args: Any) -> None:
-            with during(run=None), self._calling("a callback"):
+            with self._calls("a callback"):
                 callback and callback(*args)
 
         return callback and call
 
     @contextmanager
-    def _calling(self, what: str) -> Iterator[None]:
-        before, self._busy_with = self._busy_with, f"{what} of the program"
+    def _calls(self, what: str) -> Iterator[None]:
+        before, self.calling = self.calling, f"{what} of the program"
         try:
-            yield
+            with during(run=None):
+                yield
         finally:
-            self._busy_with = before
-
-    def _settle(self, share: Share) -> None:
-        """This rank failed to sample: raise if all did, go on if rank 0 did not. Waits for that."""
-        words = share.words()
-        if FINE not in words:
-            ahead = (words[0] - FAILED - self._call) % CALLS
-            if not 0 < ahead < CALLS // 2:
-                self._raise(share)
-            self._leaves_at = self._call + ahead
-        elif words[0] == FINE:
-            if not self._has_warned:
-                log.warning(
-                    "A sampler or a logits processor failed on this rank only, where the logits "
-                    "are NaN (%r). That changes nothing: the tokens are rank 0's.",
-                    next(iter(self.failures.values())),
-                )
-            self._has_warned = True
-            self.failures.clear()
-
-    def _raise(self, share: Share) -> None:
-        if self.is_worker and share.key is not None:
-            numbers: Any = share.key.tolist()  # rank 0 has drawn no more since then
-            mx.random.seed(numbers[0] << 32 | numbers[1])
-        call = share.words()[0] - FAILED
-        raised = self._past | self.failures
-        errors = [error for number, error in raised.items() if number % CALLS == call]
-        self.shares.clear()
-        self.failures.clear()
-        self._leaves_at, self.has_failed = None, True
-        if errors:
-            raise errors[0]
-        raise RuntimeError(
-            "A sampler or a logits processor failed on rank 0; the error is in the output of that "
-            "rank."
-        )
-
-    def check(self, in_flight: int) -> None:
-        """Raise what made rank 0 fail, on all ranks, before its ids are given out.
-
-        Args:
-            in_flight: how many of the last shares are not to be waited for.
-        """
-        while len(self.shares) > in_flight:
-            share = self.shares[0]
-            if (self.is_worker or self.failures) and share.words()[0] != FINE:
-                self._raise(share)
-            self.shares.popleft()
-        if not self.shares:
-            self.failures.clear()
+            self.calling = before
 
     def finish(self, stream: Any) -> None:
         """Wait for the last step, so that no rank leaves while another is still sending.
@@ -341,44 +399,50 @@ class Run:
                 mx.eval(self.last)
                 self.last = None
                 mx.synchronize(stream)
+            for share in self.shares:
+                self._compare_prompts(share)
 
 
 class Share(NamedTuple):
-    """A token share: of each rank `size` ids, whether it failed, and what is compared."""
+    """A token share in flight: of each rank its ids, its word, and what the ranks compare."""
 
     everyone: mx.array
     size: int
+    """How many ids a rank gives."""
     width: int
-    key: mx.array | None
-    """Of `mx.random`, before the step."""
+    """How many numbers."""
+    step: Step
+    has_prompt: bool = False
+    """Whether the number behind the word is the checksum of a prompt."""
 
     def rows(self) -> list[list[int]]:
-        """What each rank has put into it. Waits for it.
+        """The numbers of each rank. Waits for them.
 
         Raises:
-            RuntimeError: if a rank has put something else into it.
+            RuntimeError: if a rank has sent something else.
         """
         # No operation of MLX, which would wait behind the step that has been begun since then.
         numbers: Any = self.everyone.tolist()
         rows = [numbers[at : at + self.width] for at in range(0, len(numbers), self.width)]
-        words = [row[self.size] for row in rows]
-        odd = [
-            i for i, word in enumerate(words) if word != FINE and word // CALLS * CALLS != FAILED
-        ]
-        if odd:
-            raise RuntimeError(
-                f"What rank {odd[0]} has sent is no token share: mlx-lm-skiphead is off there, or "
-                "of another version. All ranks must have the same MLX_LM_SKIPHEAD, mlx-lm and "
-                "mlx-lm-skiphead."
-            )
+        for rank, row in enumerate(rows):
+            if row[self.size] != FINE and row[self.size] // FAILED_CALLS != FAILED // FAILED_CALLS:
+                raise RuntimeError(NO_SHARE.format(rank))
         return rows
 
     def words(self) -> list[int]:
-        """What each rank says of its sampling. Waits for it."""
+        """The word of each rank. Waits for them."""
         return [row[self.size] for row in self.rows()]
 
+    def prompts(self) -> list[int]:
+        """The checksum of each rank's prompt, in the first share of a generation. Waits for it."""
+        return [row[self.size + 1] for row in self.rows()] if self.has_prompt else []
 
-def not_computed(array: mx.array, after: list[mx.array] | None = None) -> mx.array:
+    def compared(self) -> list[list[int]]:
+        """The numbers behind these, by rank. Waits for them."""
+        return [row[self.size + 1 + self.has_prompt :] for row in self.rows()]
+
+
+def not_computed(array: mx.array) -> mx.array:
     """In the place of `array`, without its memory: NaN, or zeros where its type has no NaN.
 
     NaN since a number that was never computed must not look like one; in full shape since MLX
@@ -386,7 +450,7 @@ def not_computed(array: mx.array, after: list[mx.array] | None = None) -> mx.arr
     """
     is_float = mx.issubdtype(array.dtype, mx.inexact)
     one = mx.array(float("nan") if is_float else 0, array.dtype)
-    return mx.broadcast_to(mx.depends(one, after) if after else one, array.shape)
+    return mx.contiguous(mx.broadcast_to(one, array.shape))  # for who reads its buffer
 
 
 @functools.cache

@@ -1,13 +1,17 @@
-"""Which files of a checkpoint a rank needs, by its index; and fetching one that it needs after all.
+"""What a rank need not fetch, and what stands in its place.
 
 mlx-lm's `sharded_load` lets each rank fetch the files of its layers and every file with a weight
-outside the layers. Of these a rank needs none that has only what it never uses. Where this cannot
-tell what a weight is, its file is fetched.
+outside the layers. Of these a rank needs none that has only what it never uses in mlx-lm's loops.
+With ``MLX_LM_SKIPHEAD_DOWNLOAD=needed`` it does not fetch them. Where this cannot tell what a
+weight is, its file is fetched.
 
 An example: three ranks and four files, with the embedding in the first, norm and head in the last,
 and layers in all. Rank 0 fetches files 3 and 4 (unpatched also 1, which it needs only if head and
 embedding are tied), rank 1 fetches 2 and 3 (unpatched all), rank 2 fetches 1 and 2 (unpatched also
 4). In mode "hidden" workers use the norm, and so fetch file 4 too.
+
+A module whose file is not there, since it was not fetched or lacks in a folder of this machine, is
+`Absent`. Nothing is fetched behind the user's back, and no number is made up.
 """
 
 from __future__ import annotations
@@ -15,23 +19,31 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
+import threading
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from .. import config
 from ..families import LOADING_MODULE
+from ..patching.drift import anything
+from ..patching.handles import Patch
+from ..patching.registry import SkipheadError, this_thread
 
+NORM = "norm"
 INDEX = "model.safetensors.index.json"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # as in sharded_load
 
 
 class Part(NamedTuple):
-    """What one rank has of a model."""
+    """The part of a model that one rank uses in mlx-lm's loops."""
 
     layers: range
     embedding: str
-    """What the pipelined model calls it."""
+    """The pipelined model's name for it."""
     unused: tuple[str, ...]
     """The modules outside the layers that this rank never uses: of the pipelined model, or
     ``lm_head``."""
@@ -87,27 +99,124 @@ def unpatched(layers: range, weight_map: dict[str, str]) -> set[str]:
     }
 
 
-def fetch(repo: str, paths: list[str]) -> None:
-    """Bring files of a checkpoint that are not in its folder, with mlx-lm's own download.
+class Absent(Module):
+    """A module whose file is not on this machine: it has no weights.
 
-    Raises:
-        FileNotFoundError: if they are not there then; the message has the command that brings them.
+    To read its weights, to save, quantize or cast it, and to call it is an error that says which
+    file is missing. In a loop that skips the head it is called for nothing, and gives NaN. The
+    embedding gives NaN everywhere: on a rank that lacks it only the shape and type are used, in
+    which hidden states are received.
+
+    Args:
+        name: its name in the model.
+        missing: the error.
+        module: what it stands for.
     """
-    if all(map(os.path.exists, paths)):
-        return
-    folder, names = Path(paths[0]).parent, [Path(path).name for path in paths]
-    # The hub's cache has a folder for each commit, and a newer one may have other weights.
-    commit = folder.name if folder.parent.name == "snapshots" else None
-    error, upstream = None, sys.modules[LOADING_MODULE]
+
+    def __init__(self, name: str, missing: str, module: Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        rows = module.weight.shape[0]
+        width = rows if name in ("lm_head", NORM) else module(mx.array([0])).shape[-1]
+        self.name, self.missing, self.rows, self.width = name, missing, rows, width
+        self.embeds_in(mx.float32)
+
+    def embeds_in(self, dtype: mx.Dtype) -> None:
+        """Give hidden states of that type."""
+        # What reads weights through the model asks of each name whether it begins with "_".
+        self[_Name(self.missing)] = mx.zeros((0,), dtype)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if mx.issubdtype(x.dtype, mx.integer):
+            (like,) = self.values()
+            return mx.full((*x.shape, self.width), float("nan"), like.dtype)
+        return self._unused(x, self.width)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """An embedding as the head."""
+        return self._unused(x, self.rows)
+
+    def _unused(self, x: mx.array, width: int) -> mx.array:
+        if this_thread.run is None and this_thread.forward is None:
+            raise SkipheadError(self.missing)
+        return mx.full((*x.shape[:-1], width), float("nan"), x.dtype)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute in ("weight", "scales", "biases", "bias", "to_quantized"):
+            raise SkipheadError(self.missing)
+        raise AttributeError(f"{attribute}: {self.missing}")
+
+
+class _Name(str):
+    """The name of no weight; where a name is looked at in order to read one, it is an error."""
+
+    def startswith(self, *args: Any) -> bool:
+        if loading.is_open:  # mlx-lm evaluates the whole model there
+            return True
+        raise SkipheadError(str(self))
+
+
+class _Loading(threading.local):
+    """A call of mlx-lm's `sharded_load`, while it lasts."""
+
+    is_open = False
+    repo = ""
+    folder = ""
+    """The checkpoint's."""
+    part: Part | None = None
+    """The part of this rank, once that is known."""
+    model: Any = None
+    """The model, as on_disk.py notes it."""
+
+
+loading = _Loading()
+
+
+def absent(name: str, module: Module) -> Absent | None:
+    """What stands for a module of the checkpoint that is being loaded, if it lacks a file of it."""
+    if not loading.is_open or loading.part is None:
+        return None
+    index = weight_map(loading.folder)
+    files = {index[key] for key in keys_of(name, loading.part.embedding, index)}
+    lacks = sorted(f for f in files if not os.path.exists(os.path.join(loading.folder, f)))
+    if not lacks:
+        return None
+    hint = f"{loading.folder} lacks that file"
+    if not os.path.exists(loading.repo):
+        hint = (
+            f"{config.DOWNLOAD}=needed has not fetched that file. `hf download {loading.repo} "
+            f"{' '.join(lacks)}` brings it; then load the model again"
+        )
+    missing = f"{name} is not on this machine: its weights are in {', '.join(lacks)}, and {hint}."
+    return Absent(name, missing, module)
+
+
+def on_sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """The wrapper of `mlx_lm.utils.sharded_load`: what is loaded is known while it lasts."""
+    vars(loading).update(is_open=True, repo=str(args[0] if args else kwargs.get("repo", "")))
     try:
-        upstream._download(repo, commit, names)
-    except Exception as why:  # whatever a hub's client raises
-        error = why
-    if not all(map(os.path.exists, paths)):
-        hint = "it is not there or cannot be opened"
-        if not os.path.exists(repo):
-            revision = f"--revision {commit} " if commit else ""
-            is_modelscope = upstream.snapshot_download.__module__.startswith("modelscope")
-            command = "modelscope download --model" if is_modelscope else "hf download"
-            hint = f"it is not there; `{command} {repo} {revision}{' '.join(names)}` brings it"
-        raise FileNotFoundError(hint) from error
+        return wrapped(*args, **kwargs)
+    finally:
+        vars(loading).clear()
+
+
+def on_download(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """The wrapper of `mlx_lm.utils._download`: for a rank of a pipeline, the files that it needs.
+
+    Only where `sharded_load` names the files, having split the model.
+    """
+    files = kwargs.get("allow_patterns")
+    if loading.is_open and loading.part is not None and files and not config.download_all:
+        index = weight_map(loading.folder)
+        kwargs = {**kwargs, "allow_patterns": sorted(loading.part.needed(files, index))}
+    path = wrapped(*args, **kwargs)
+    if loading.is_open:
+        loading.folder = os.path.abspath(path)
+    return path
+
+
+DOWNLOADS = "downloads"
+_LOST = "all files are fetched, and one that is missing is not told of"
+PATCHES = (
+    Patch(DOWNLOADS, LOADING_MODULE, "sharded_load", on_sharded_load, anything, _LOST),
+    Patch(DOWNLOADS, LOADING_MODULE, "_download", on_download, anything, _LOST),
+)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import config
-from ...families import BY_NAME, FAMILIES
+from ...families import BY_NAME, FAMILIES, family_of
 from ..arguments import Unusable, one_line
 from ..models import find
 
@@ -34,14 +34,13 @@ def examine(report: dict[str, Any], modules: Sequence[str]) -> None:
         Unusable: if one of `modules` cannot be imported.
     """
     from ... import installing
-    from ...patching import registry
 
     before = config.active
     installing.uninstall()
     try:
         _import_first(modules)
         installing.install("hidden" if report["mode"] == "hidden" else "on")
-        for group in (*installing.LOOPS, registry.MLX):
+        for group in (*installing.LOOPS, *installing.PARTS):
             importlib.import_module(installing.MODULES[group])
         missing = {f.name: found for f in FAMILIES if (found := _import_family(f.module))}
         status = installing.status()
@@ -81,8 +80,6 @@ def _import_family(module: str) -> dict[str, str] | None:
 
 def _unknown() -> dict[str, str]:
     """Modules of mlx-lm that `sharded_load` would pipeline and the table lacks."""
-    from ...patching import registry
-
     package = importlib.import_module("mlx_lm.models")
     sources = {}
     for _, name, _ in pkgutil.iter_modules(package.__path__):
@@ -103,9 +100,8 @@ def _unknown() -> dict[str, str]:
             model = getattr(sys.modules[f"mlx_lm.models.{name}"], "Model", None)
             if inspect.isclass(model) and can_be_pipelined(model):
                 found[name] = "works as upstream"
-                for base, outcome in registry.outcomes.items():
-                    if outcome.model is not None and issubclass(model, outcome.model):
-                        found[name] = f"treated as {base}, whose Model it builds on"
+                if base := family_of(model.__new__(model)):
+                    found[name] = f"treated as {base.name}, whose Model it builds on"
 
 
 def can_be_pipelined(model: type) -> bool:
@@ -130,12 +126,13 @@ def can_be_pipelined(model: type) -> bool:
 
 def _patches_of_others(families: dict[str, dict[str, str]]) -> list[dict[str, str]]:
     """What is at, over or under our targets and is neither ours nor upstream's."""
-    from ...patching.handles import layers as layers_of
+    from wrapt import wrapper_chain
+
     from ...patching.handles import written_in
 
     found = []
     for owner, attribute in dict.fromkeys(_targets(families)):
-        layers = list(layers_of(inspect.getattr_static(owner, attribute, None)))
+        layers = list(wrapper_chain(inspect.getattr_static(owner, attribute, None)))
         origins = [written_in(layer) for layer in layers]
         packages = [origin.partition(".")[0] for origin in origins]
         where = "above the plugin" if "mlx_lm_skiphead" in packages else ""
