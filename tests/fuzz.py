@@ -12,7 +12,10 @@ smaller by leaving things out, and printed with the command that does it again.
     python tests/fuzz.py --only 1234
     python tests/fuzz.py --program '{"ranks": 2, "case": "qwen2-tied", "steps": [...]}'
 
-Left out, as README.md says that they differ: what decides by values of logits on workers.
+Left out, as README.md says that they differ: what decides by values of logits on workers. Left out
+since unpatched stands still or differs from itself: lazy collectives in speculation, two of them
+in a step, and lazy second models; and, in other threads, whatever leaves a lazy array to the next.
+Left out since no worker can know it: a collective behind a call that raises, in the same step.
 """
 
 from __future__ import annotations
@@ -46,6 +49,11 @@ BLOCK = 128  # seeds that share their ranks and few cases, so that models are bu
 BOTH = ["unpatched", "plugin"]
 DENSE = ["qwen2-tied", "qwen2-untied", "ministral3-tied", "ministral3-untied"]
 ERRORS = ["Planned", "PlannedStop", "SystemExit", "StopIteration", "ValueError"]
+PLACES = [
+    *("eval", "async_eval", "all_gather", "all_sum"),
+    *("generate_step", "speculative_generate_step", "batch", "model", "stage"),
+]
+"""What other packages wrap, for `Session.wrap`."""
 SCRIPT = Path(__file__).with_name("rank_fuzz.py")
 CHANGING = ("dtype", "adapter", "quantize", "new_head")
 
@@ -70,15 +78,24 @@ def random_program(seed: int, count: int | None = None) -> Program:
         program["mode"] = "hidden"
     if case.startswith("qwen2") and rng.random() < 0.3:
         program["heads"] = 2  # attention heads wide enough for quantized caches
+    if rng.random() < 0.4:
+        program["together"] = True  # samplers and processors talk to other ranks, and none raises
+    if rng.random() < 0.06:  # every step is asked for in another thread
+        case = rng.choice(["qwen2-tied", "qwen2-untied"])
+        program = {"seed": seed, "ranks": program["ranks"], "case": case, "turns": True}
     kinds = {
         "generate": 6, "speculate": 2, "resume": 2, "insert": 3, "next": 4, "remove": 1,
         "close": 1, "own": 2, "direct": 1, "draw": 1, "seed": 0.5, "store": 0.7, "trim": 0.5,
-        "look": 0.2, "save": 0.1,
+        "look": 0.2, "save": 0.1, "wrap": 1, "unwrap": 0.7, "change": 0.5,
     }  # fmt: skip
     if case in DENSE and rng.random() < 0.4:
         kinds |= {"dtype": 1, "adapter": 2, "quantize": 0.5, "new_head": 0.7}
     if rng.random() < 0.4:  # a program of batches
         kinds |= {"insert": 9, "next": 14, "remove": 4, "close": 2}
+    if rng.random() < 0.2:  # one in which other packages come and go
+        kinds |= {"wrap": 6, "unwrap": 4}
+    if "turns" in program:
+        kinds = {"generate": 5, "speculate": 3, "wrap": 1, "unwrap": 1}
     names = rng.choices(list(kinds), list(kinds.values()), k=rng.randint(1, 7))
     program["steps"] = [{"op": name, **_options(name, rng, program)} for name in names]
     return program
@@ -100,7 +117,19 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
     def prompt() -> list[int]:  # where it begins, and how many tokens
         return [rng.randrange(256), rng.choice([1, 1, 2, 5, 9, 17, 40])]
 
+    second = ["pipelined", "sharded", "whole"] + ["stage"] * (program["case"] in DENSE)
+    # Two in one graph have no order: only where there is one sequence, and one of them.
+    lazy = ["eager", "eager"] + ["lazy"] * (name == "generate")
+
+    def together(*more: list[Any]) -> list[Any]:
+        return rng.choice([["second", rng.choice(second)], ["waits"], *more])
+
     def sampler(strict: bool = True, forced: bool = True) -> list[Any]:
+        by_shape = ["shape", rng.choice([0, 3])]
+        if "turns" in program:
+            return rng.choice([["by turns"], by_shape, ["broadcast", "eager"], ["waits"]])
+        if "together" in program and rng.random() < 0.4:
+            return together(["broadcast", rng.choice(lazy)])
         return rng.choice(
             [
                 ["temperature", {"temp": rng.choice([0.3, 0.8, 1.5])}],
@@ -113,14 +142,23 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
                 # Elsewhere unpatched is wrong with ids that do not come from logits.
                 ["forced" if strict and forced else "by turns"],
                 ["by turns"],
-                ["raises", rng.randrange(8), rng.choice(ERRORS)],
+                by_shape,
+                *([] if "together" in program else [raises()]),
             ]
         )
+
+    def raises() -> list[Any]:
+        return ["raises", rng.randrange(8), rng.choice(ERRORS)]
 
     def in_batch() -> list[Any]:
         return sampler(forced=False)
 
     def processor() -> list[Any]:
+        reader = ["reader", rng.randrange(1, 8), rng.choice(["memoryview", "frombuffer"])]
+        if "turns" in program:
+            return rng.choice([["calls"], ["automaton"], reader, ["sum", "eager"], ["waits"]])
+        if "together" in program and rng.random() < 0.4:
+            return together(["sum", "eager"])
         return rng.choice(
             [
                 ["usual", {"logit_bias": {255: 4.0, 7: -3.0}}],
@@ -131,17 +169,31 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
                 ["eager automaton"],
                 ["noise"],
                 ["done", rng.randrange(1, 8)],
-                ["raises", rng.randrange(8), rng.choice(ERRORS)],
+                reader,
+                *([] if "together" in program else [raises()]),
             ]
         )
 
     def processors() -> list[Any]:
+        if lazy[-1] == "lazy" and "together" in program and rng.random() < 0.1:
+            return [["sum", "lazy"]]
         return [processor() for _ in range(rng.choice([1, 1, 2]))]
+
+    def change() -> Step:
+        return {"how": rng.choice(["clear", "extend", "swap"]), "to": processors()}
 
     slot = maybe(0.35, cache=lambda: rng.choice("ab"))
     other = maybe(0.1, other=lambda: True)
     if name in ("generate", "speculate"):
         speculating = name == "speculate"
+        if "turns" in program:
+            return {
+                "prompt": prompt(),
+                "n": rng.choice([1, 2, 4, 6, 9, 12]),
+                **maybe(0.6, sampler=sampler),
+                **maybe(0.6, processors=processors),
+                **({"draft": rng.choice(["same", "qwen2-untied"])} if speculating else {}),
+            }
         return {
             "prompt": prompt(),
             "n": rng.choice([1, 2, 4, 6, 9, 12]),
@@ -151,6 +203,7 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
             **maybe(0.3, leave=lambda: rng.randrange(1, 6)),
             **maybe(0.2, keep=lambda: True),
             **maybe(0.2, draws=lambda: True),
+            **maybe(0.15, change=lambda: {"at": rng.randrange(1, 6), **change()}),
             **maybe(0.05, early=lambda: True),
             **maybe(0.3, prefill_step_size=lambda: rng.choice([4, 16])),
             **maybe(0.5 * ("heads" in program), kv_bits=lambda: rng.choice([4, 8])),
@@ -187,6 +240,11 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
         ),
         "remove": lambda: {**batch, "which": rng.randrange(4), **slot},
         "close": lambda: batch,
+        "change": lambda: {**batch, "which": rng.randrange(4), **change()},
+        "wrap": lambda: {
+            "place": rng.choice(PLACES),
+            "who": rng.choice([[0], [0], [1], [0, 1, 2]]),
+        },
         "resume": lambda: {"which": rng.randrange(3), **maybe(0.5, leave=lambda: 3)},
         "own": lambda: {
             "prompts": [[rng.randrange(256), rng.choice([1, 7, 20])]] * rng.choice([1, 1, 3]),
@@ -351,7 +409,8 @@ def leave_outs(program: Program) -> Iterator[Program]:
     steps = program["steps"]
     for i in reversed(range(len(steps))):
         yield {**program, "steps": steps[:i] + steps[i + 1 :]}
-    for name in ("thread", "mode", "source", "first_layers", "heads", "ways"):
+    names = ("thread", "mode", "source", "first_layers", "heads", "ways", "turns", "together")
+    for name in names:
         if name in program:
             yield {k: v for k, v in program.items() if k != name}
     for i, step in enumerate(steps):

@@ -11,6 +11,7 @@ import faulthandler
 import importlib
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -95,6 +96,8 @@ class Lab:
         self.own.mkdir()
         # One thread for all: MLX may abort where a thread ends in which it has computed.
         self.pool = ThreadPoolExecutor(1)
+        self.turns = [ThreadPoolExecutor(1) for _ in range(2)]
+        self.sessions = 0
         self.models = {}
         folder_of = self.checkpoint("qwen2", {})
         self.tokenizer = load_tokenizer(folder_of, eos_token_ids=tiny_checkpoint.END_ID)
@@ -140,6 +143,37 @@ class Lab:
             return self.kept(key, lambda: self.build(program, changes))
         return self.build(program, changes)
 
+    def second(self, which, program):
+        """A model for samplers and processors to call."""
+        return self.kept(("second", which, program.get("thread")), lambda: self.build_second(which))
+
+    def build_second(self, which):
+        # With heads enough for two ranks and for three.
+        wide = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 96}
+        wide |= {"intermediate_size": 192}
+        case = {"pipelined": "deepseek_v3"}.get(which, "qwen2-untied")
+        changes = wide if which == "sharded" else {}
+        model = tiny_models.make(case, num_hidden_layers=3, **changes)
+        if which == "pipelined":
+            model.model.pipeline(self.group)
+        if which == "sharded":
+            model.shard(self.group)
+        mx.eval(model.parameters())
+        return model
+
+    def exchange(self, session, number, ids):
+        """Rank 0's ids, by a file for which the other ranks wait, but not for ever."""
+        file = self.folder / f"exchange-{session}-{number}"
+        if self.rank == 0:
+            write(file, ids.tolist())
+            return ids
+        until = time.monotonic() + 20
+        while not file.exists():
+            if time.monotonic() > until:
+                raise TimeoutError(file.name)
+            time.sleep(0.0005)
+        return mx.array(json.loads(file.read_text()), mx.uint32)
+
     def build(self, program, changes):
         source = program.get("source", "memory")
         if source == "sharded":
@@ -174,6 +208,10 @@ class Session:
         self.ends_to_watch = []
         self.failures = []
         self.counts = collections.Counter()
+        self.number = lab.sessions
+        self.exchanges = itertools.count()
+        self.lists = collections.defaultdict(list)
+        self.wrapped = []
 
     def see(self, *what):
         self.seen.append(repr(what))
@@ -190,6 +228,11 @@ class Session:
                     mx.random.seed(0)
                     self.model_of = {w: self.lab.model(self.program, w) for w in self.others()}
                     self.drafts = {d: self.draft(d) for d in self.drafted()}
+                    self.seconds = {
+                        which: self.lab.second(which, self.program)
+                        for which in ("pipelined", "sharded", "whole")
+                        if f"['second', '{which}']" in repr(self.program["steps"])
+                    }
                     mx.random.seed(self.program.get("seed", 0))
                 getattr(self, step["op"])(**options)
                 if step["op"] in CHANGING:  # which draws for each module that a rank has
@@ -215,6 +258,8 @@ class Session:
             steps.close()
         for name in list(self.batches):
             self.close(name)
+        while self.wrapped:
+            self.unwrap()
         self.settle()
         for name, cache in sorted(self.caches.items()):
             for c in cache:
@@ -229,6 +274,10 @@ class Session:
         """Let the loops' steps in flight end: other streams and threads follow."""
         mx.synchronize(self.loops.generation_stream)
         mx.synchronize()
+        if "turns" in self.program:
+            for thread in self.lab.turns:
+                thread.submit(mx.synchronize, self.loops.generation_stream).result()
+                thread.submit(mx.synchronize).result()
 
     @property
     def loops(self):
@@ -251,8 +300,10 @@ class Session:
         if name == "temperature":
             return make_sampler(**rest[0])
         calls = itertools.count()
-        key = mx.random.key(rest[0] if rest else 0)
-        rng = np.random.default_rng(rest[0] if rest else 0)
+        seed = rest[0] if name in ("own key", "numpy", "numpy choice") else 0
+        key = mx.random.key(seed)
+        rng = np.random.default_rng(seed)
+        second = self.second(rest[0]) if name == "second" else None
 
         def own_key(logprobs):
             nonlocal key
@@ -280,7 +331,34 @@ class Session:
                 raise ERRORS[rest[1]](f"planned, call {rest[0]}")
             return mx.argmax(logprobs, axis=-1)
 
+        def broadcast(logprobs):
+            ids = mx.argmax(logprobs, axis=-1).astype(mx.int32)
+            if rest[0] == "eager":
+                ids.tolist()
+            everyone = mx.distributed.all_sum(ids if self.lab.rank == 0 else ids * 0)
+            if rest[0] == "eager":
+                mx.eval(everyone)
+            return everyone.astype(mx.uint32)
+
+        def waits(logprobs):
+            logprobs.tolist()
+            ids = mx.argmax(logprobs, axis=-1)
+            return self.lab.exchange(self.number, next(self.exchanges), ids)
+
+        def guided(logprobs):
+            mx.eval(logprobs)
+            return mx.argmax(logprobs - 0.5 * second(next(calls)), axis=-1)
+
+        def shape(logprobs):
+            if mx.isnan(logprobs).any().item():
+                return mx.zeros((rest[0],), mx.uint32)
+            return mx.argmax(logprobs, axis=-1)
+
         return {
+            "broadcast": broadcast,
+            "waits": waits,
+            "second": guided,
+            "shape": shape,
             "own key": own_key,
             "numpy": gumbel,
             "numpy choice": choice,
@@ -297,14 +375,85 @@ class Session:
                 if "logit_bias" in options:  # keys that JSON has made strings
                     options["logit_bias"] = {int(k): v for k, v in options["logit_bias"].items()}
                 made += make_logits_processors(**options)
+            elif name in ("sum", "second", "waits"):
+                made.append(self.together(name, *rest))
             else:
                 made.append(Processor(name, *rest))
-                if name == "done":
+                if name in ("done", "reader"):
                     self.ends_to_watch.append(made[-1])
-        return made or None
+        return made
 
-    def follow(self, steps, leave, draws, ends):
+    def together(self, name, what=None):
+        """A processor that goes by what other ranks say, or another model."""
+        calls = itertools.count()
+        second = self.second(what) if name == "second" else None
+
+        def processor(tokens, logits):
+            call = next(calls)
+            if what != "lazy":
+                mx.eval(logits)
+            if name == "second":
+                return logits - 0.5 * second(call).astype(logits.dtype)
+            if name == "waits":
+                logits[0, 0].item()
+                ids = mx.argmax(logits, axis=-1)
+                best = self.lab.exchange(self.number, next(self.exchanges), ids)
+                ids = mx.arange(logits.shape[-1])
+                return mx.where(ids == best[:, None], logits - 2.0, logits)
+            mine = mx.sin(mx.arange(logits.shape[-1]) * (self.lab.rank + 1.0) + call)
+            bias = mx.distributed.all_sum(mine)
+            if what != "lazy":
+                mx.eval(bias)
+            return logits + bias.astype(logits.dtype)
+
+        return processor
+
+    def second(self, which):
+        """A function that gives logits ``(1, V)`` of a second model, or of the stage alone."""
+        model = self.model_of[0] if which == "stage" else self.seconds[which]
+        cache = make_prompt_cache(model)
+
+        def call(number):
+            token = mx.array([[number % 50]])
+            if which == "stage":
+                hidden = model.model(token, cache=cache)[:, -1].astype(mx.float32)
+                out = hidden.sum(axis=-1, keepdims=True) * mx.sin(mx.arange(256))
+            else:
+                out = model(token, cache=cache)[:, -1]
+            mx.eval(out)
+            return out
+
+        return call
+
+    def changed(self, processors, how, to):
+        """The list of processors of a generation is another one from now on."""
+        new = self.processors(to)
+        if how == "clear":
+            processors.clear()
+        elif how == "extend":
+            processors.extend(new)
+        else:
+            processors[:1] = new[:1]
+
+    def by_turns(self, steps, n, cache):
+        """Each step is asked for in the next thread, and the end where the generator has begun.
+
+        Each evaluates the caches: unpatched leaves lazy arrays to the next thread.
+        """
+
+        def ask():
+            step = next(steps, None)
+            mx.eval([c.state for c in cache if not c.empty()])
+            return step
+
+        for number in range(n):
+            yield self.lab.turns[number % 2].submit(ask).result()
+        self.lab.turns[0].submit(ask).result()
+
+    def follow(self, steps, leave, draws, ends, change=None):
         for number, step in enumerate(steps, 1):
+            if change is not None and number == change["at"]:
+                self.changed(change["processors"], change["how"], change["to"])
             if isinstance(step, tuple):
                 token, logprobs, *rest = step
             else:
@@ -340,6 +489,7 @@ class Session:
         draft=None,
         callback=None,
         early=False,
+        change=None,
         **options,
     ):
         self.ends_to_watch = []
@@ -349,6 +499,10 @@ class Session:
             options |= {"kv_group_size": 32, "quantized_kv_start": 4}
         options |= {"sampler": self.sampler(sampler), "max_tokens": n}
         options["logits_processors"] = self.processors(processors)
+        if change is not None:
+            change = {**change, "processors": options["logits_processors"]}
+        elif not processors:
+            options["logits_processors"] = None
         if callback is not None:
             options["prompt_progress_callback"] = self.callback(callback, model)
         if draft is not None:
@@ -362,6 +516,9 @@ class Session:
             small = None
             size = options.get("max_kv_size")
             options["prompt_cache"] = self.cache_of(cache, which, max_kv_size=size)
+        if "turns" in self.program:
+            options["prompt_cache"] = make_prompt_cache(model)
+            options["prompt_cache"] += [] if small is None else make_prompt_cache(small)
         if stream:
             tokenizer = self.lab.tokenizer
             steps = self.loops.stream_generate(model, tokenizer, ids, draft_model=small, **options)
@@ -371,7 +528,10 @@ class Session:
             steps = loop(ids, model, *([] if small is None else [small]), **options)
         if keep:
             self.kept.append((steps, self.ends_to_watch))
-        self.follow(steps, leave, draws, self.ends_to_watch)
+        ends = self.ends_to_watch
+        if "turns" in self.program:
+            steps, ends = self.by_turns(steps, n, options["prompt_cache"]), []
+        self.follow(steps, leave, draws, ends, change)
 
     speculate = generate
 
@@ -434,12 +594,14 @@ class Session:
         if cache is not None and f"{cache}{int(other)}" in self.caches:
             self.settle()
             caches = [copy.deepcopy(self.cache_of(cache, int(other))) for _ in prompts]
+        lists = processors and [self.processors(p) for p in processors]
+        self.lists[batch] += lists or []
         self.uids[batch] += self.batches[batch].insert(
             [tokens_of(prompt) for prompt in prompts],
             max_tokens=n or [6] * many,
             caches=caches,
             samplers=samplers and [self.sampler(s) for s in samplers],
-            logits_processors=processors and [self.processors(p) or [] for p in processors],
+            logits_processors=lists,
         )
 
     def next(self, batch="x", times=1, progress=False):
@@ -455,6 +617,39 @@ class Session:
                 kept = offsets(r.prompt_cache or [])
                 self.see_token(r.token, r.logprobs, r.uid, r.finish_reason, r.all_tokens, kept)
             self.see("responses", len(responses))
+
+    def change(self, batch="x", which=0, how="clear", to=()):
+        if self.lists[batch]:
+            self.changed(self.lists[batch][which % len(self.lists[batch])], how, to)
+
+    def wrap(self, place="eval", who=(0,)):
+        """Another package wraps a function of mlx's or mlx-lm's, on the ranks `who`."""
+        if self.lab.rank not in who:
+            return
+        model = self.model_of[0]
+        if place in ("model", "stage"):
+            cls, attribute = type(model if place == "model" else model.model), "__call__"
+            owner = next(base for base in cls.__mro__ if attribute in vars(base))
+        else:
+            owner, attribute = {
+                "eval": (mx, "eval"),
+                "async_eval": (mx, "async_eval"),
+                "all_gather": (mx.distributed, "all_gather"),
+                "all_sum": (mx.distributed, "all_sum"),
+                "batch": (self.loops.GenerationBatch, "_step"),
+            }.get(place, (self.loops, place))
+        real = getattr(owner, attribute)
+
+        def counting(*args, **kwargs):
+            self.counts["calls of closures"] += 1
+            return real(*args, **kwargs)
+
+        self.wrapped.append((owner, attribute, vars(owner)[attribute]))
+        setattr(owner, attribute, counting)
+
+    def unwrap(self):
+        if self.wrapped:
+            setattr(*self.wrapped.pop())
 
     def remove(self, batch="x", which=0, cache=None):
         if not self.uids[batch] or batch not in self.batches:
@@ -609,6 +804,11 @@ class Processor:
             return logits + mx.random.normal(logits.shape).astype(logits.dtype)
         if self.name == "done":
             self.done = self.calls >= self.at
+        if self.name == "reader":  # which ends a loop when it has been fed often enough
+            view = memoryview(logits).cast("B")
+            fed = len(view) if self.error == "memoryview" else np.frombuffer(logits, "u1").size
+            self.state += fed > 0
+            self.done = self.state >= self.at
         if self.name == "raises" and self.calls == self.at + 1:
             raise ERRORS[self.error](f"planned, call {self.at}")
         return logits
@@ -619,23 +819,39 @@ def offsets(cache):
     return [o.tolist() if isinstance(o, mx.array) else o for o in told]
 
 
+logged = []
+"""What the plugin has warned of."""
+
+
+class Warnings(logging.Handler):
+    def emit(self, record):
+        logged.append(record.getMessage())
+
+
 def do(lab, program):
     """Both ways of `program` on this rank: what each saw, if they differ."""
     ways = program.get("ways", BOTH)
     done = []
     for way in ways:
         lab.at(way, "begin")
+        lab.sessions += 1
         done.append(Session(lab, program, way))
         if way == "plugin":
             mlx_lm_skiphead.install(program.get("mode", "on"))
         else:
             mlx_lm_skiphead.uninstall()
+        logged.clear()
         if program.get("thread"):
             lab.pool.submit(done[-1].run).result()
         else:
             done[-1].run()
+        # All ranks have the same prompts: nobody says that they differ.
+        done[-1].seen += [text for text in logged if "prompt" in text]
         lab.at(way, "barrier")
         lab.barrier()
+        if lab.rank == 0:
+            for file in lab.folder.glob("exchange-*"):
+                file.unlink()
     seen = [session.seen for session in done]
     counts = sum((session.counts for session in done), collections.Counter())
     failures = done[ways.index("unpatched")].failures
@@ -645,6 +861,7 @@ def do(lab, program):
 def main(folder):
     """Does the programs that the parent writes, one after another, until that is None."""
     lab = Lab(folder)
+    logging.getLogger("mlx_lm_skiphead").addHandler(Warnings(logging.WARNING))
     stacks = open(folder / f"stacks-{lab.rank}", "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, stacks)
     for number in itertools.count():
