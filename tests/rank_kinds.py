@@ -554,7 +554,8 @@ def replaced_call(loop, what):
     try:
         sampler = raising(ValueError, range(SIZE) if what == "all" else ())
         told = seen(steps(loop, sampler), ValueError)
-        count = next(called)
+        # In speculation a draft that fails is told with the step's ids, some calls later.
+        count = loop != "speculation" and next(called)
         rest()
         told.append(after())
     finally:

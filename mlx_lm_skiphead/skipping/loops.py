@@ -49,8 +49,7 @@ def run_of(model: Any, prompt: Iterable[int]) -> Run | None:
     stage = None if config.active == "off" else stage_in(model)
     if stage is None:
         return None
-    checksum = zlib.crc32(array("q", prompt).tobytes())
-    return Run(stage, stage.pipeline_rank, stage.pipeline_size, checksum)
+    return Run(stage, stage.pipeline_rank, zlib.crc32(array("q", prompt).tobytes()))
 
 
 def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -86,6 +86,5 @@ def share_tokens(tokens: mx.array) -> mx.array:
 
 def _own_run() -> Run:
     if _own.run is None:
-        group = mx.distributed.init()
-        _own.run = Run(None, group.rank(), group.size())
+        _own.run = Run(None, mx.distributed.init().rank())
     return _own.run

@@ -116,14 +116,12 @@ class Run:
     Args:
         stage: the pipelined model; None for a loop of the user's own, which may have several.
         rank: this rank. Any but 0 is a worker.
-        ranks: how many there are.
         prompt: a checksum of the ids of the prompt, which the ranks compare.
     """
 
-    def __init__(self, stage: Any, rank: int, ranks: int, prompt: int | None = None) -> None:
+    def __init__(self, stage: Any, rank: int, prompt: int | None = None) -> None:
         self.stage = stage
         self.rank = rank
-        self.ranks = ranks
         self.step = Step()
         """The step that is being built."""
         self.skips = False
@@ -139,6 +137,7 @@ class Run:
         self._prompt = prompt
         self._ids: mx.array | None = None
         """The ids that the last share gave."""
+        self._thread = threading.get_ident()
         self._steps = self._batch = 0
         self._has_warned = False
 
@@ -150,16 +149,22 @@ class Run:
     def building(self) -> Iterator[None]:
         """Inside the ``with`` block this thread's calls of the model belong to this run."""
         with watch.watched(self.describe), during(run=self):
+            if self._thread != threading.get_ident() and self.last is not None:
+                # Each thread has streams of its own, and nothing orders two of them: a receive of
+                # this step would take what is sent for the share of the step before.
+                mx.eval(self.last)
+            self._thread = threading.get_ident()
             yield
 
     def describe(self, seconds: float) -> str:
         """What this rank has been waiting for since `seconds`, in words."""
-        behind = f"hidden states of rank {self.rank + 1}" if self.rank + 1 < self.ranks else ""
+        ranks = self.stage.pipeline_size
+        behind = f"hidden states of rank {self.rank + 1}" if self.rank + 1 < ranks else ""
         token = "rank 0's token" if self.is_worker and self._steps else ""
         where = f"step {self._steps}, batch {self._batch}" if self._steps else "prompt"
         what = self.calling or " or ".join(filter(None, (behind, token)))
         what = what or f"rank {self.rank - 1} to take its hidden states"
-        return f"rank {self.rank} of {self.ranks}, {where}: {seconds:.0f} s for {what}"
+        return f"rank {self.rank} of {ranks}, {where}: {seconds:.0f} s for {what}"
 
     def leave_out(self, hidden: mx.array, *gather: Any, **options: Any) -> bool:
         """A forward pass has come to its hidden broadcast: whether that is to be left out.
@@ -225,7 +230,10 @@ class Run:
             for error in step.errors.values():
                 raise error
             return tokens
-        self.compute(tokens, step)
+        if self.is_worker:
+            # As upstream: other ranks may wait for a collective in it. mlx-lm's own samplers have
+            # none, and no state but the random key, which is not to become a long chain.
+            mx.async_eval(tokens if step.is_programs else mx.random.state)  # type: ignore[no-untyped-call]
         shape = shape or step.hidden[-1].shape[:1]
         if tokens.size == math.prod(shape):
             shape = tokens.shape
@@ -274,15 +282,11 @@ class Run:
             self._ids = ids.reshape(shape).astype(tokens.dtype)
         return self._ids
 
-    def compute(self, tokens: mx.array, step: Step | None = None) -> None:
-        """Begin, on a worker, what it has sampled: as upstream, though rank 0's ids count.
-
-        The other ranks may wait for a collective in it. mlx-lm's own samplers have none, and no
-        state but the random key, which is not to become a long chain.
-        """
-        if self.is_worker:
-            is_programs = (step or self.step).is_programs
-            mx.async_eval(tokens if is_programs else mx.random.state)  # type: ignore[no-untyped-call]
+    def goes_on(self, step: Step) -> None:
+        """The ids of `step` are shared, and further ones of its forward pass are to be sampled."""
+        assert self.last is not None
+        self.step = Step([self.last], step.gather, step.vocabulary, is_programs=True)
+        self.step.key = _random_key()
 
     def check(self, in_flight: int) -> None:
         """Raise on all ranks if rank 0 has failed, before its ids are given out.
@@ -295,8 +299,7 @@ class Run:
         while len(self.shares) > in_flight:
             share = self.shares.popleft()
             self._compare_prompts(share)
-            # In speculative decoding a worker may fail after it has shared.
-            step = self.step if self.step.errors else share.step
+            step = share.step
             if (self.is_worker or step.errors) and share.words()[0] != FINE:
                 self._leave(share, step)
             if step.errors and not self._has_warned:
@@ -306,7 +309,6 @@ class Run:
                     "are NaN (%r). That changes nothing: the tokens are rank 0's.",
                     next(iter(step.errors.values())),
                 )
-            self.step.errors.clear()
 
     def _compare_prompts(self, share: Share) -> None:
         prompts = share.prompts()

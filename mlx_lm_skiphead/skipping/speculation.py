@@ -13,7 +13,7 @@ import wrapt
 
 from ..patching import drift
 from .loops import Args, Kwargs, Processors, Wrapped, begin, greedy, row, steps
-from .sharing import Run, Sampling
+from .sharing import Run, Sampling, Share
 
 DRAFTS_DIFFER = (
     "The ranks differ in what the draft model proposed: a sampler or a logits processor keeps a "
@@ -43,65 +43,67 @@ def speculative_generate_step(wrapped: Wrapped, instance: Any, args: Args, kwarg
 class _Checked:
     """Sampling in `speculative_generate_step`, which samples for both models.
 
-    All positions of a step are shared at once. They come together, or, with logits processors, one
-    after another: rank 0 shares with the last one. A worker shares with the first one, so that
-    the processors of the next positions see rank 0's ids.
+    The positions of a step come together, or, with logits processors, one after another. Functions
+    of the program's may look at the ids of the position before, and wait for other ranks: then each
+    position is shared by itself. Otherwise all of a step are shared at once, by rank 0 with the
+    last one, by a worker with the first one, since it gives rank 0's ids out.
     """
 
     def __init__(self, run: Run, sampler: Sampling) -> None:
         self._run = run
         self._sampler = run.sampler(sampler)
+        self._left = 0
+        """How many positions of this step have yet to be sampled, once one has been."""
         self._kept = mx.array([], mx.uint32)
-        """On rank 0 the ids of this step that are not shared yet; on a worker those that are shared
-        and not given out yet."""
+        """The ids of this step: on rank 0 those to be shared, on a worker those to be given out."""
         self._drafts: list[mx.array] = []
         """The ids ``(1,)`` that the draft model has proposed in this step."""
+        self._first: Share | None = None
+        """The first share of this step, which compares them."""
 
     def drafting(self) -> None:
         """The draft model is called: what is sampled next is its own."""
         self._run.step.hidden.clear()
+        self._left = 0
 
     def sample(self, logprobs: mx.array) -> mx.array:
         """Ids ``(n,)`` of ``(n, V)``: the draft's, or rank 0's for the pipelined model."""
-        sampled = self._sampler(logprobs)
-        if self._run.step.hidden or self._kept.size:
-            give = self._given if self._run.is_worker else self._collected
-            return give(sampled, logprobs.shape[0])
-        self._drafts.append(sampled)
-        return sampled
-
-    def _collected(self, sampled: mx.array, count: int) -> mx.array:
-        """On rank 0: `sampled`, shared with the last position of the step, or where it failed."""
-        step = self._run.step
-        ids = mx.concatenate([self._kept, sampled])
-        is_last = bool(step.errors) or ids.size >= step.hidden[0].shape[1]
-        self._kept = ids[:0] if is_last else ids
-        if is_last:
-            self._share(ids)
-            self._agree()
-        return sampled
-
-    def _given(self, sampled: mx.array, count: int) -> mx.array:
-        """On a worker: the next `count` ids of rank 0."""
-        if self._kept.size:
-            self._run.compute(sampled)
+        run, count, sampled = self._run, logprobs.shape[0], self._sampler(logprobs)
+        step = run.step
+        if not step.hidden and not self._left:
+            self._drafts.append(sampled)
+            return sampled
+        positions = self._left or step.hidden[0].shape[1]
+        self._left = positions - count
+        if step.is_programs:
+            ids = self._share(sampled, count)
+            if self._left:
+                run.goes_on(step)
+        elif run.is_worker:
+            kept = self._kept if self._kept.size else self._share(sampled, positions)
+            ids, self._kept = kept[:count], kept[count:]
         else:
-            self._kept = self._share(sampled)
-        ids, self._kept = self._kept[:count], self._kept[count:]
-        if not self._kept.size:
+            ids, self._kept = sampled, mx.concatenate([self._kept, sampled])
+            if step.errors or not self._left:
+                self._share(self._kept, self._kept.size + self._left)
+                self._kept, self._left = self._kept[:0], 0
+        if not self._left:
             self._agree()
         return ids
 
-    def _share(self, ids: mx.array) -> mx.array:
+    def _share(self, ids: mx.array, count: int) -> mx.array:
         drafts, self._drafts = self._drafts, []
-        return self._run.share(ids, self._run.step.hidden[0].shape[1:2], tuple(drafts))
+        shared = self._run.share(ids, (count,), tuple(drafts))
+        self._first = self._first or self._run.shares[-1]
+        return shared
 
     def _agree(self) -> None:
         """Raise what made rank 0 fail, and an error if drafts differ, on all ranks at once.
 
-        Waits for the share, as upstream does next.
+        Waits for the shares of the step, as upstream does next.
         """
-        drafts = self._run.shares[-1].compared()
+        assert self._first is not None
+        drafts, self._first = self._first.compared(), None
         self._run.check(in_flight=0)
         if any(draft != drafts[0] for draft in drafts):
             self._run.has_failed = True
