@@ -103,15 +103,17 @@ class Patches(RuleBasedStateMachine):
         assert (status.mode == "off") is not self.installed
         family, loop = status.families[FAMILY], status.loops["generate_step"]
         said = {family.state, loop.state} == {"patched"}
+        # A family that is replaced may still be shared: its broadcast is known where it is made.
+        may = self.installed and loop.state == "patched"
         for target in (family, loop):
             assert target.state in ("patched", "replaced", "off", "refused"), target
             assert bool(target.reason) is (target.state in ("replaced", "refused")), target
-        assert skips() is said, status
+        assert said <= skips() <= may, status
         if self.installed:
             mlx_lm_skiphead.install(status.mode)  # repairs what it can
             status = mlx_lm_skiphead.status()
             again = {status.families[FAMILY].state, status.loops["generate_step"].state}
-            assert skips() is (again == {"patched"}), status
+            assert skips() >= (again == {"patched"}), status
 
     def teardown(self):
         mlx_lm_skiphead.uninstall()
