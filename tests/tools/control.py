@@ -1,4 +1,4 @@
-"""``python tests/control.py MODEL -n 2 ...``: the command `bench`, but unpatched against itself.
+"""``python tests/tools/control.py MODEL -n 2 ...``: `bench`, but unpatched against itself.
 
 What it prints as "skip" is unpatched mlx-lm a second time: how far its ratio is from 1 is noise.
 The model is loaded with the plugin, as there.

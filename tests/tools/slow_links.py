@@ -1,5 +1,5 @@
-"""``python tests/slow_links.py [N ...]``: how many latencies of a link a token takes.
-``python tests/slow_links.py FOLDER`` writes a model for `mlx-lm-skiphead bench --link-rate`.
+"""``python tests/tools/slow_links.py [N ...]``: how many latencies of a link a token takes.
+``python tests/tools/slow_links.py FOLDER`` writes a model for `mlx-lm-skiphead bench --link-rate`.
 
 Each link of a ring of ranks is delayed, by one time and by another: the slope of milliseconds over
 delay is the number of latencies, whatever the machine computes besides. Single and batched decode
@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
+from mlx_lm_skiphead.cli.ranks import WAYS, Ranks, free_ports
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the tests share
+
 import tiny_checkpoint
 import warm
-
-from mlx_lm_skiphead.cli.ranks import WAYS, Ranks, free_ports
 
 DELAYS = (20, 60)  # ms
 BATCHES = (1, 4)
