@@ -11,21 +11,10 @@ from typing import Any
 import mlx.core as mx
 import wrapt
 
-from ..dead_weights import is_pending
-from ..families import BY_NAME, Family
+from .core import is_pending
+from .models import family_of
 
-
-def family_of(model: Any) -> Family:
-    """The family of a loaded model, from where its class was defined.
-
-    Raises:
-        ValueError: if mlx-lm-skiphead does not support it.
-    """
-    for cls in type(model).__mro__:
-        family = BY_NAME.get(cls.__module__.rpartition(".")[2])
-        if family is not None and not family.is_alias:
-            return family
-    raise ValueError(f"mlx-lm-skiphead does not support {type(model).__module__}")
+__all__ = ["around_head", "count_heads", "decode", "family_of"]
 
 
 def decode(
@@ -68,11 +57,8 @@ def _batch(
     generator.close()
 
 
-class HeadCount:
-    """How often a head was evaluated on this rank."""
-
-    def __init__(self) -> None:
-        self._logits: list[mx.array] = []
+class HeadCount(list[mx.array]):
+    """The logits of all calls of a head on this rank."""
 
     def evaluated(self) -> int:
         """Heads whose matrix product was computed.
@@ -80,7 +66,7 @@ class HeadCount:
         MLX is lazy: logits that a call of the head returned may never be computed, as in prefill.
         Those that were have no operation behind them any more.
         """
-        return sum(not is_pending(logits) for logits in self._logits)
+        return sum(not is_pending(logits) for logits in self)
 
 
 @contextmanager
@@ -89,9 +75,8 @@ def count_heads(model: Any) -> Iterator[HeadCount]:
     count = HeadCount()
 
     def counted(run_head: Callable[[], mx.array]) -> mx.array:
-        logits = run_head()
-        count._logits.append(logits)
-        return logits
+        count.append(run_head())
+        return count[-1]
 
     with around_head(model, counted):
         yield count
