@@ -53,16 +53,16 @@ def test_plan_is_what_ranks_load(case, folder, loaded):
     family, _, planned = sizes.plan(folder / case, RANKS, context=CONTEXT)
     for rank in planned:
         unpatched, plugin = (loaded[mode][rank.rank][case] for mode in ("0", "1"))
-        assert 0 <= unpatched["loaded"] - rank.unpatched < NO_WEIGHTS
-        assert 0 <= plugin["loaded"] - rank.plugin < NO_WEIGHTS
+        assert 0 <= unpatched["loaded"] - rank.memory_bytes["unpatched"] < NO_WEIGHTS
+        assert 0 <= plugin["loaded"] - rank.memory_bytes["plugin"] < NO_WEIGHTS
         assert plugin["on disk"] == rank.on_disk
         # In the place of each array on disk there is one number, of eight bytes at most.
         less = sum(rank.on_disk.values()) - (unpatched["loaded"] - plugin["loaded"])
         assert 0 <= less <= 8 * 6
         if case == "deepseek_v41":  # copies of another rank's groups are not counted
-            assert 0 < rank.cache <= unpatched["cache"]
+            assert 0 < rank.cache_bytes <= unpatched["cache"]
         else:
-            assert rank.cache == unpatched["cache"]
+            assert rank.cache_bytes == unpatched["cache"]
     assert case.startswith(family) or family in ("deepseek_v32", "glm4_moe", "qwen3_5")
 
 
@@ -70,10 +70,11 @@ def test_reads_are_of_some_experts(folder):
     config = tiny_models.CONFIGS["deepseek_v3"]
     used = config["num_experts_per_tok"] / config["n_routed_experts"]
     for rank in sizes.plan(folder / "deepseek_v3", 2, batches=[8, 1000]).ranks:
-        one, eight, many = rank.reads.values()
-        assert used * rank.unpatched < one + 2 * rank.head < rank.unpatched + rank.head
+        one, eight, many = rank.reads_bytes.values()
+        every, head = rank.memory_bytes["unpatched"], rank.head_bytes
+        assert used * every < one + 2 * head < every + head
         assert one < eight < many
-        assert many == pytest.approx(rank.unpatched - 2 * rank.head, abs=NO_WEIGHTS)
+        assert many == pytest.approx(every - 2 * head, abs=NO_WEIGHTS)
 
 
 def saved(heads: list[float], layers: float = 10.0, **links: Any) -> float:

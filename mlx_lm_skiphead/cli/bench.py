@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import platform
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .arguments import Unusable, at_least, listed, new_command
-from .ranks import WAYS, RankFailed, Ranks, interrupted_by_sigterm, start
+from .ranks import WAYS, RankFailed, Ranks, start
 from .tables import both, table
 
 STOPPED = "Stopped; all ranks have been ended."
@@ -89,8 +90,8 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     results: list[Any] = [None] * count
     measured: list[dict[str, Any]] = []
     try:
-        with interrupted_by_sigterm():
-            _listen(ranks, results, measured)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ranks are ended
+        _listen(ranks, results, measured)
     except RankFailed as failure:
         print(f"mlx-lm-skiphead {arguments.command}: {failure}", file=sys.stderr)
         code = 1

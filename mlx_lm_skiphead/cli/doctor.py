@@ -81,31 +81,31 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
     - ``plugin``, ``python``, ``platform``: versions.
     - ``packages``: by name ``{"version", "needs", "problem"}``. The version is null if it is not
       installed, `needs` is what the plugin requires, `problem` is "" if there is none.
-    - ``backends``: by name of a distributed backend, whether this mlx has it.
+    - ``backends``: the distributed backends that this mlx has.
     - ``variable``: the value of MLX_LM_SKIPHEAD, or null; ``mode``: "off", "on" or "hidden", or
       "invalid". ``download``: the value of MLX_LM_SKIPHEAD_DOWNLOAD, or null.
-    - ``targets``: families and loops, by name ``{"state", "reason"}``. The states are those of
-      `status()`, and "not in this mlx-lm". They are of this process, which is patched whatever the
-      mode. Empty if a package cannot be imported.
-    - ``patches``: other packages' ``{"target", "by", "how", "where"}``: the function, the module
-      that patches it, "wraps" or "replaces", and "above the plugin", "below the plugin" or "".
+    - ``targets``: families and loops, by name ``{"state", "reason"}``, as in `status()`. They are
+      of this process, which is patched whatever the mode: "not imported yet" is not in this
+      mlx-lm. Empty if a package cannot be imported.
+    - ``patches``: other packages' ``{"target", "by"}``: the function, and the module that wraps or
+      replaces it.
     - ``model``: ``{"name", "model_type", "family", "head", "supported", "reason"}``, or null. The
-      head is "tied", "own" or "unknown".
+      head is "tied to the embedding", "its own" or "unknown".
     - ``rank``: this rank; ``ranks``: the facts of each rank, a list by rank, or null if there is
       only one; ``differences``: by name of a fact that differs, a list of its values by rank.
     - ``links``: null if they are not measured, else what `links.measure` returns.
     - ``warnings``, ``problems``: lines; ``wrong_argument``: a line or "".
     - ``exit_code``: of the command. The document is not printed if it is 2.
     """
+    found = examine.packages()
     report: examine.Report = {
-        **{"plugin": __version__, "python": platform.python_version()},
-        **{"platform": platform.platform(), "packages": examine.packages(), "backends": {}},
-        **{"variable": os.environ.get(config.VARIABLE), "mode": "invalid"},
-        **{"download": os.environ.get(downloads.VARIABLE), "targets": {}, "patches": []},
-        **{"model": None, "rank": 0, "ranks": None, "differences": {}, "links": None},
-        **{"warnings": [], "problems": [], "wrong_argument": ""},
+        **{"plugin": __version__, "python": platform.python_version(), "packages": found},
+        **{"platform": platform.platform(), "backends": [], "targets": {}, "patches": []},
+        **{"variable": os.environ.get(config.VARIABLE), "mode": "invalid", "model": None},
+        **{"download": os.environ.get(downloads.VARIABLE), "rank": 0, "ranks": None},
+        **{"differences": {}, "links": None, "warnings": [], "problems": [], "wrong_argument": ""},
     }
-    problems, warnings, found = report["problems"], report["warnings"], report["packages"]
+    problems, warnings = report["problems"], report["warnings"]
     try:
         report["mode"] = config.requested_mode()
     except ValueError as error:
@@ -118,29 +118,25 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
         if is_usable:
             examine.look_at_targets(report, modules)
             warnings += examine.judge_versions(found["mlx"]["version"], found["mlx-lm"]["version"])
-        left = sorted(
-            f"{name} ({target['state']})"
-            for name, target in report["targets"].items()
-            if target["state"] not in ("patched", *examine.NOT_THERE)
-        )
+        left = [n for n, t in report["targets"].items() if t["state"] in ("refused", "replaced")]
         if left:
-            line = f"Left to upstream mlx-lm, where all ranks run the head: {', '.join(left)}."
-            wanted.append(line)
+            names = ", ".join(left)
+            wanted.append(f"Left to upstream mlx-lm, where all ranks run the head: {names}.")
         if model:
             report["model"] = examine.look_at_model(model, report["targets"])
     except Unusable as error:
         report["wrong_argument"] = str(error)
     if report["model"] and (reason := report["model"]["reason"]):
         problems.append(f"The model {model} is not supported: {reason}.")
-    if by := ", ".join(sorted({patch["by"] for patch in report["patches"]})):
-        warnings.append(f"Other packages have patched the same functions: {by}.")
+    if patches := ", ".join("{target} (by {by})".format_map(p) for p in report["patches"]):
+        warnings.append(f"Other packages have patched the same functions: {patches}.")
     if other := in_the_way():
         line = "`run` does not reach the Python processes that a program starts"
         warnings.append(f"{line}: {other} comes before its own, and does not run it.")
     if is_usable:
         import mlx.core as mx
 
-        report["backends"] = {b: mx.distributed.is_available(backend=b) for b in BACKENDS}
+        report["backends"] = [b for b in BACKENDS if mx.distributed.is_available(backend=b)]
         examine.look_at_ranks(report, measures_links)
     report["exit_code"] = 1 if problems else 2 if report["wrong_argument"] else 0
     return report
@@ -154,36 +150,22 @@ def _print(console: Console, report: examine.Report) -> None:
         rows.append([name, package["version"] or "", package["needs"], state])
     console.print(table("versions", ("", "version", "needed", ""), rows, is_text=True))
     line(f"Python {report['python']} on {report['platform']}")
-    backends = [name if has else f"no {name}" for name, has in report["backends"].items()]
-    line(f"Distributed backends: {', '.join(backends) or 'unknown'}.")
-    value, download = report["variable"], report["download"]
+    line(f"Distributed backends: {', '.join(report['backends']) or 'unknown'}.")
+    value = report["variable"]
     setting = f"{config.VARIABLE} is not set" if value is None else f"{config.VARIABLE}={value}"
     line(f"{setting}: {MEANING[report['mode']]}.")
     rows = []
     for name, target in report["targets"].items():
-        is_left = target["state"] not in ("patched", *examine.NOT_THERE)
-        state = "supported" if target["state"] == "patched" else target["state"]
-        rows.append([name, Text(state, "red" if is_left else ""), target["reason"]])
+        style = "red" if target["reason"] else ""
+        rows.append([name, Text(target["state"], style), target["reason"]])
     if rows:
         console.print(table("", ("family or loop", "state", "why"), rows, is_text=True))
-    if patches := report["patches"]:
-        rows = [[p["by"], f"{p['how']}, {p['where']}".strip(", "), p["target"]] for p in patches]
-        title = "patches of other packages"
-        console.print(table(title, ("by", "how", "what"), rows, is_text=True))
-    ranks, model, differences = report["ranks"] or [], report["model"], report["differences"]
+    ranks, model = report["ranks"] or [], report["model"]
     if model and model["supported"]:
-        head = {"tied": "tied to the embedding", "own": "its own"}.get(model["head"], "unknown")
-        line(
-            f"The model {model['name']} is supported: {model['model_type']}, of the family "
-            f"{model['family']}; head: {head}."
-        )
-        saved = examine.saved_downloads(model["name"], len(ranks))
-        line(f"{downloads.VARIABLE} is {download or 'not set (all)'}. {saved}")
-    if differences.keys() - {"variable"}:
-        columns = ["", *(f"rank {rank}" for rank in range(len(ranks)))]
-        rows = [[name, *map(str, values)] for name, values in differences.items()]
-        console.print(table("what differs", columns, rows, is_text=True))
-    elif ranks:
+        line("The model {name} is supported: {family}; head: {head}.".format_map(model))
+        saved = examine.saved_downloads(model["name"], len(ranks)) if ranks else ""
+        line(f"{downloads.VARIABLE} is {report['download'] or 'not set (all)'}. {saved}")
+    if ranks and not report["differences"]:
         line(f"{len(ranks)} ranks agree.")
     if links := report["links"]:
         rows = [
@@ -192,11 +174,8 @@ def _print(console: Console, report: examine.Report) -> None:
         ]
         columns = ["ranks", "latency", "highest", "there", "back"]
         console.print(table("links: ms one way, and MB/s each way", columns, rows))
-        line(
-            f"A step takes {links['step_ms']:.2f} ms on the links alone (median of "
-            f"{links['steps']}, highest {links['highest_step_ms']:.2f}). A token takes at least "
-            "that."
-        )
+        step = "A step takes {step_ms:.2f} ms on the links alone, at most {highest_step_ms:.2f}."
+        line(step.format_map(links))
     for kind, style in (("warning", "yellow"), ("problem", "red")):
         for text in report[f"{kind}s"]:
             line(f"{kind.capitalize()}: {text}", style=style)

