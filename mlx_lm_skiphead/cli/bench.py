@@ -114,13 +114,7 @@ def _count_hosts(hostfile: Path) -> int:
 
 
 def _listen(ranks: Ranks, results: list[Any], measured: list[dict[str, Any]]) -> None:
-    """Start ranks, and show what they do until all have ended.
-
-    Args:
-        ranks: to be started.
-        results: by rank, gets what `rank.Measurement.run` returns.
-        measured: gets each generation of a round on each rank.
-    """
+    """Start ranks, and show what they do until all have ended; fill in results, by rank."""
     step, console = "", Console(stderr=True)
     with ranks, console.status("starting ranks") as line:
         for rank, event in ranks.events():

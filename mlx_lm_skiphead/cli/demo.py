@@ -10,14 +10,13 @@ Example: mlx-lm-skiphead demo --model ./my-model -n 3 --prompt 'Hello'
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from . import bench, downloads
+from . import bench, demo_model, downloads
 from .arguments import at_least, new_command
 from .ranks import WAYS, role
 from .tables import both, table
@@ -56,8 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         if is_random:
             arguments.model = folder
             with console.status("building a model with random weights (330 MB)"):
-                command = [sys.executable, "-m", "mlx_lm_skiphead.cli.demo_model", folder]
-                subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+                demo_model.write(Path(folder))
         told, code = bench.measure(arguments)
     results: list[Result] = told["memory"]
     if not all(results):

@@ -1,13 +1,12 @@
 """The demo's model: a small one of DeepSeek-V3's shape with random weights.
 
-``python -m mlx_lm_skiphead.cli.demo_model FOLDER`` writes it as mlx-lm loads it. Of its 330 MB the
-head and the embedding have 134 each, as in a model of a large vocabulary. Its text is noise.
+Of its 330 MB the head and the embedding have 134 each, as in a model of a large vocabulary. Its
+text is noise.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 CONFIG = Path(__file__).with_suffix(".json")
@@ -59,7 +58,3 @@ def _write_tokenizer(folder: Path, size: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))

@@ -138,23 +138,21 @@ class Measurement:
         if tokenizer.chat_template is not None:
             messages = [{"role": "user", "content": text}]
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+        def stream(temperature: float) -> list[Any]:
+            mx.random.seed(0)
+            tokens, sampler = self.task["tokens"] or FEWEST, make_sampler(temperature)
+            return list(mlx_lm.stream_generate(self.model, tokenizer, ids, tokens, sampler=sampler))
+
         with count_heads(self.model) as count:
-            steps = list(self._stream(ids, 0.0))
+            steps = stream(0.0)
         return {
             "greedy": [step.token for step in steps],
             "text": "".join(step.text for step in steps),
             # mlx-lm computes one token more than it gives out.
             "heads_per_token": count.evaluated() / (len(steps) + 1),
-            "seeded": [step.token for step in self._stream(ids, TEMPERATURE)],
+            "seeded": [step.token for step in stream(TEMPERATURE)],
         }
-
-    def _stream(self, prompt: list[int], temperature: float) -> Iterator[Any]:
-        mx.random.seed(0)
-        tokens, sampler = self.task["tokens"] or FEWEST, make_sampler(temperature)
-        steps: Iterator[Any] = mlx_lm.stream_generate(
-            self.model, self.tokenizer, prompt, tokens, sampler=sampler
-        )
-        return steps
 
 
 def _named(case: tuple[int, int]) -> str:

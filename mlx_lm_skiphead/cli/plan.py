@@ -190,11 +190,9 @@ def _report(console: Console, told: dict[str, Any]) -> None:
 def _times_table(told: dict[str, Any]) -> Table:
     """The parts of the time of a token that are known."""
     has_bandwidths = told["ranks"][0]["bandwidth"] is not None
-    parts = {"stages": "stages", "head": "head", "links": "links", "ms": "token"}
-    for part in ("stages", "head", "ms") if not has_bandwidths else ():
-        del parts[part]
-    if not told["link"]:
-        del parts["links"]
+    parts = {"stages": "stages", "head": "head"} if has_bandwidths else {}
+    parts |= {"links": "links"} if told["link"] else {}
+    parts |= {"ms": "token"} if has_bandwidths else {}
     rows = []
     for case in told["tokens"]:
         before, after = (case[way] for way in WAYS)
@@ -222,14 +220,10 @@ def _verdict(told: dict[str, Any]) -> list[str]:
         return lines
     case = max(told["tokens"], key=lambda case: abs(case["saved_ms"]))
     saved, links = case["saved_ms"], case["unpatched"]["links"] - case["plugin"]["links"]
-    if abs(saved) < 0.005:
-        lines.append("The plugin saves memory, but no time.")
-    else:
-        lines.append(
-            f"With a batch of {case['batch']} expect {_ms(abs(saved))} ms "
-            f"{'less' if saved > 0 else 'more'} per token"
-            + (f"; links take {_ms(links)} ms less." if told["link"] else ".")
-        )
+    line = f"With a batch of {case['batch']} expect {_ms(abs(saved))} ms "
+    line += "less per token" if saved > 0 else "more per token"
+    line += f"; links take {_ms(links)} ms less." if told["link"] else "."
+    lines.append(line if abs(saved) >= 0.005 else "The plugin saves memory, but no time.")
     if told["ranks"][0]["bandwidth"] is None:
         lines.append("This is for equal machines.")
     lines.append(
