@@ -8,6 +8,7 @@ import random
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mlx_lm_skiphead.cli.bench import interval
 from mlx_lm_skiphead.cli.ranks import RankFailed, Ranks, records
 
 BENCH = ("-m", "mlx_lm_skiphead", "bench")
+INSTRUMENTS = (str(Path(__file__).with_name("tools") / "bench.py"),)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,9 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, command: tuple[str, ...] = BENCH) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [warm.python(), *BENCH, *arguments],
+        [warm.python(), *command, *arguments],
         env={**os.environ, warm.JOIN: "1"},
         capture_output=True,
         text=True,
@@ -46,7 +48,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_json_and_plot(count, model, tmp_path):
     plot = tmp_path / "plot.png"
     sizes = ["--batch", "1,3", "--prompt", "5,9", "--tokens", "4", "--rounds", "6"]
-    done = bench(model, "-n", str(count), *sizes, "--json", "--plot", str(plot))
+    output = ["--json", "--plot", str(plot)]
+    done = bench(model, "-n", str(count), *sizes, *output, command=INSTRUMENTS)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["family"] == "deepseek_v3" and told["ranks"] == count and told["tokens_agree"]
@@ -55,18 +58,18 @@ def test_json_and_plot(count, model, tmp_path):
     ]
     for case in told["cases"]:
         times, ratio = case["ms_per_token"], case["ratio"]
-        pairs = zip(times["unpatched"]["values"], times["skip"]["values"], strict=True)
-        assert ratio["values"] == [skip / unpatched for unpatched, skip in pairs]
+        pairs = zip(times["unpatched"]["values"], times["plugin"]["values"], strict=True)
+        assert ratio["values"] == [plugin / unpatched for unpatched, plugin in pairs]
         assert len(ratio["values"]) == 6 and case["tokens"] == 4
         assert ratio["low"] == ratio["interval"]["low"] and ratio["interval"]["confidence"] > 0.95
-        for way in ("unpatched", "skip"):
+        for way in ("unpatched", "plugin"):
             expected = 1000 * case["batch"] / times[way]["median"]
             assert case["tokens_per_second"][way] == pytest.approx(expected)
             assert case["first_token_ms"][way]["median"] > 0
     for memory in told["memory"]:
         loaded, left = memory["loaded_bytes"], sum(memory["on_disk"].values())
         assert left == (65536 if count > 1 else 0)
-        assert loaded["unpatched"] == pytest.approx(loaded["skip"] + left, abs=10_000)
+        assert loaded["unpatched"] == pytest.approx(loaded["plugin"] + left, abs=10_000)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -75,13 +78,13 @@ def test_plan_on_slow_links(model, tmp_path):
     plot = tmp_path / "plot.png"
     sizes = ["--batch", "32", "--tokens", "6", "--rounds", "2"]
     links = ["--link-rate", "1", "--link-delay", "20", "--plan", "--plot", str(plot)]
-    done = bench(model, "-n", "3", *sizes, *links, "--json")
+    done = bench(model, "-n", "3", *sizes, *links, "--json", command=INSTRUMENTS)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     (case,) = told["cases"]
     latency, rate = told["memory"][0]["link"]
     assert latency > 20 and rate == pytest.approx(1e-3, rel=0.3)
-    for way, hidden_states, latencies in (("unpatched", 4, 3), ("skip", 2, 3)):
+    for way, hidden_states, latencies in (("unpatched", 4, 3), ("plugin", 2, 3)):
         measured, planned = case["ms_per_token"][way]["median"], case["planned"][way]
         assert measured > 65.5 * hidden_states + 20 * latencies
         assert planned == pytest.approx(measured, rel=0.25)
@@ -95,11 +98,10 @@ def test_text_and_hosts(model, tmp_path):
     port = str(ranks.free_ports(2))
     done = bench(
         *(model, "--hostfile", str(hostfile), "--starting-port", port),
-        *("--tokens", "4", "--rounds", "2", "--head-passes", "2", "--plan"),
+        *("--tokens", "4", "--rounds", "2"),
     )
     assert done.returncode == 0, done.stderr
     assert "deepseek_v3, 2 ranks, both ways in turn" in " ".join(done.stdout.split())
-    assert "In brackets: planned, from" in done.stdout
     assert "The interval of the ratio has 50 % confidence (2 rounds)." in done.stdout
     assert "Tokens agree: on all ranks, both ways, in every round." in done.stdout
 
@@ -158,7 +160,7 @@ def test_what_two_ranks_print_is_told_apart(at, told, tmp_path):
     event = {"result": {"text": " |x" * 9000}}
     first, other = b"".join(records(0, event)), b"".join(records(1, {"result": 1}))
     (tmp_path / "said").write_bytes(first[:at] + b"[INFO] of others\n" + other + first[at:])
-    with Ranks(1, ["cat", str(tmp_path / "said")]) as started:
+    with Ranks(2, ["cat", str(tmp_path / "said")]) as started:
         if told:
             assert list(started.events()) == [
                 (1, {"result": 1, "rank": 1}),
@@ -169,11 +171,42 @@ def test_what_two_ranks_print_is_told_apart(at, told, tmp_path):
                 list(started.events())
 
 
-def test_a_rank_that_fails(model, capfd):
+def test_instruments(model):
+    """Heads that run twice, the plan, and unpatched against itself."""
+    case = [model, "-n", "2", "--tokens", "4", "--rounds", "2"]
+    done = bench(*case, "--head-passes", "2", "--plan", command=INSTRUMENTS)
+    assert done.returncode == 0, done.stderr
+    assert "planned ms per token" in done.stdout and "and links of" in done.stdout
+    done = bench(*case, "--control", command=INSTRUMENTS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_rank_that_fails(model):
     """Here for a core that there is not."""
-    assert main(["bench", model, "-n", "2", "--cores", "0;999"]) == 1
-    captured = capfd.readouterr()
-    assert "rank 1" in captured.err and "Nothing was measured." in captured.out
+    done = bench(model, "-n", "2", "--cores", "0;999", command=INSTRUMENTS)
+    assert done.returncode == 1
+    assert "rank 1" in done.stderr and "Nothing was measured." in done.stdout
+
+
+def test_a_rank_that_is_killed(model):
+    """It says nothing, and neither does mlx.launch by its exit code."""
+    environment = {**os.environ, "PYTHONINSPECT": ""}
+    arguments = [sys.executable, *BENCH, model, "-n", "2", "--rounds", "100000", "--tokens", "8"]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stderr is not None
+    while "round 2 of" not in (line := process.stderr.readline()):
+        assert line, "it has ended"
+    command = ["ps", "-o", "pid=,args=", "-p", ",".join(map(str, descendants(process.pid)))]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    ranks = [int(line.split()[0]) for line in listed if "cli.rank " in line]
+    assert len(ranks) == 2, listed
+    os.kill(ranks[1], signal.SIGKILL)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "mlx-lm-skiphead bench: " in errors and "rank 1" in errors
+    assert "both ways in turn" in output
 
 
 @pytest.mark.parametrize(
@@ -184,10 +217,7 @@ def test_a_rank_that_fails(model, capfd):
         (["{model}", "-n", "9"], "9 ranks need 9 layers, and this model has 7"),
         (["{model}", "--hostfile", "{tmp}/none.json"], "none.json is no host file"),
         (["{model}", "--hostfile", "{tmp}/one.json"], "a list of 2 hosts or more"),
-        (["{model}", "--hostfile", "h", "--link-rate", "9"], "are for a ring on this machine"),
-        (["{model}", "-n", "2", "--cores", "0"], "--cores is for 1 ranks, and there are 2"),
         (["{model}", "-n", "2", "--gpus", "0,1,2"], "--gpus is for 3 ranks, and there are 2"),
-        (["{model}", "-n", "2", "--plot", "{tmp}/no/plot.png"], "there is no folder"),
     ],
 )
 def test_what_cannot_be(arguments, said, model, capfd, tmp_path):
@@ -215,10 +245,9 @@ def test_wrong_arguments(arguments, model, capsys):
 
 
 def test_interval():
-    assert interval([]) is None
-    assert interval([3.0]) == (3, 3, 0)
-    assert interval([1, 2, 3, 4, 5, 6]) == (1, 6, 1 - 2 / 64)
-    low, high, confidence = interval([*range(9)])
+    assert interval([3.0]) == {"low": 3, "high": 3, "confidence": 0}
+    assert interval([1, 2, 3, 4, 5, 6]) == {"low": 1, "high": 6, "confidence": 1 - 2 / 64}
+    low, high, confidence = interval([*range(9)]).values()
     assert (low, high) == (1, 7) and confidence == pytest.approx(0.9609, abs=1e-4)
 
 
@@ -226,7 +255,8 @@ def test_interval_holds_the_median_as_often_as_it_says():
     draw = random.Random(0)
     held, said = [], 0.0
     for _ in range(4000):
-        low, high, said = interval([draw.lognormvariate(0, 1) for _ in range(12)])
+        found = interval([draw.lognormvariate(0, 1) for _ in range(12)])
+        low, high, said = found.values()
         held.append(low <= 1 <= high)  # 1 is the median of that distribution
     assert said >= 0.95
     assert statistics.mean(held) == pytest.approx(said, abs=0.015)

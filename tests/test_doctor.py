@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from typing import Any
 import pytest
 import ranks
 import tiny_checkpoint
+import versions
 import warm
+from packaging.version import parse
 
 from mlx_lm_skiphead import __version__
-from mlx_lm_skiphead.cli import main
-from mlx_lm_skiphead.cli.examination import packages
-from mlx_lm_skiphead.cli.examination.verdict import judge
-from mlx_lm_skiphead.cli.ranks import Ranks
+from mlx_lm_skiphead.cli import examine, main
+from mlx_lm_skiphead.cli.run import CHILDREN
 from mlx_lm_skiphead.families import FAMILIES
 from mlx_lm_skiphead.installing import LOOPS
 
@@ -65,12 +66,13 @@ def test_off(tmp_path: Path) -> None:
     found = first_columns(said)
     assert found["mlx-lm-skiphead"] == __version__
     assert found["mlx-lm"] == metadata.version("mlx-lm")
-    assert re.search(r"│ wrapt +│ \S+ +│ >=2.4,<3 +│ ok │", said)
+    assert re.search(r"│ wrapt +│ \S+ +│ <3,>=2.4 +│ ok │", said)
     states = {found[family.name] for family in FAMILIES}
-    assert states <= {"supported", "not pipelined", "not in this mlx-lm"}
-    assert all(found[name] == "supported" for name in ("deepseek_v3", "glm4_moe", *LOOPS))
+    # Not imported yet is what this mlx-lm has not.
+    assert states <= {"patched", "not pipelined", "not imported yet"}
+    assert all(found[name] == "patched" for name in ("deepseek_v3", "glm4_moe", *LOOPS))
     assert "MLX_LM_SKIPHEAD is not set: the plugin is off" in said
-    assert "Distributed backends: ring, " in said
+    assert "Distributed backends: ring" in said
     assert "No problem was found." in said and "Warning" not in said
 
 
@@ -105,24 +107,22 @@ def test_wrappers_beneath_are_seen_and_harmless(tmp_path: Path) -> None:
     assert done.stderr == "wraps was imported\n"
     assert done.returncode == 0 and not report["problems"]
     assert (report["variable"], report["mode"]) == ("hidden", "hidden")
-    assert {target["state"] for target in report["loops"].values()} == {"patched"}
-    assert report["families"]["glm4_moe"] == {"state": "patched", "reason": ""}
-    assert not report["unknown"], (
-        f"mlx-lm {metadata.version('mlx-lm')} pipelines {', '.join(report['unknown'])}, which the "
-        "table lacks: add a line to FAMILIES in mlx_lm_skiphead/families.py"
-    )
-    below = {"by": "wraps", "how": "wraps", "where": "below the plugin"}
-    assert report["patches"] == [
-        {"target": "mlx_lm.generate.GenerationBatch._step", **below},
-        {"target": "mlx_lm.models.deepseek_v2.DeepseekV2Model.pipeline", **below},
-        {"target": "mlx_lm.models.glm4_moe.Model.__call__", **below},
-    ]
-    assert report["warnings"] == ["Other packages have patched the same functions: wraps."]
+    for name in (*LOOPS, "glm4_moe"):
+        assert report["targets"][name] == {"state": "patched", "reason": ""}
+    assert all(patch["by"] == "wraps" for patch in report["patches"])
+    assert {patch["target"] for patch in report["patches"]} == {
+        "mlx_lm.generate.GenerationBatch._step",
+        "mlx_lm.models.deepseek_v2.DeepseekV2Model.pipeline",
+        "mlx_lm.models.glm4_moe.Model.__call__",
+    }
+    (warning,) = report["warnings"]
+    assert warning.startswith("Other packages have patched the same functions: mlx_lm.")
+    assert "mlx_lm.models.glm4_moe.Model.__call__ (by wraps)" in warning
     assert report["model"] == {
         "name": str(tmp_path),
         "model_type": "ministral3",
         "family": "ministral3",
-        "head": "tied",
+        "head": "tied to the embedding",
         "supported": True,
         "reason": "",
     }
@@ -154,30 +154,19 @@ def test_what_another_package_makes_unusable(value: str | None, tmp_path: Path) 
     expected = {"glm4_moe": "refused", "solar_open": "refused", "deepseek_v32": late}
     assert unusable == {**expected, "glm_moe_dsa": late}
     assert "mlx_lm.models.glm4_moe.LanguageModel.__call__: expected one call of" in said
-    assert re.search(r"│ replaces +│ replaces +│ mlx_lm.models.deepseek_v32.Deepseek\S+ +│", said)
+    assert re.search(r"mlx_lm.models.deepseek_v32.DeepseekV32Model.__call__ \(by replaces\)", said)
     left = f"{'Problem' if value else 'Warning'}: Left to upstream mlx-lm, where all ranks run"
-    assert f"{left} the head: deepseek_v32 ({late}), glm4_moe (refused), glm_moe_dsa" in said
+    assert f"{left} the head: deepseek_v32, glm4_moe, glm_moe_dsa, solar_open." in said
     assert "No problem" not in said
 
 
-# Puts families that the plugin does not know into mlx-lm.
+# Puts a family that the plugin does not know into mlx-lm.
 CHANGES = """
 import os
 import mlx_lm.models
 mlx_lm.models.__path__.append(os.path.dirname(__file__) + "/more")
 """
-FAMILY_OF_THE_FUTURE = """
-import mlx.nn as nn
-from .pipeline import PipelineMixin
-class Inner(PipelineMixin, nn.Module):
-    pass
-class Model(nn.Module):
-    def __init__(self, args):
-        super().__init__()
-        self.model = Inner()
-class ModelArgs:
-    pass
-"""
+FAMILY_OF_THE_FUTURE = "class Model:\n    pass\nclass ModelArgs:\n    pass\n"
 
 
 def test_an_old_wrapt_and_a_new_family(tmp_path: Path) -> None:
@@ -188,21 +177,12 @@ def test_an_old_wrapt_and_a_new_family(tmp_path: Path) -> None:
     more = tmp_path / "more"
     more.mkdir()
     (more / "future.py").write_text(FAMILY_OF_THE_FUTURE)
-    (more / "future_alias.py").write_text("from .future import Model, ModelArgs\n")
-    (more / "future_v3.py").write_text("from .deepseek_v3 import Model, ModelArgs\n")
-    (more / "not_pipelined.py").write_text("from . import qwen2\nclass Model:\n    pass\n")
     (tmp_path / "config.json").write_text('{"model_type": "future"}')
     arguments = ["--json", "--import", "changes", "--model", "."]
     report = document(python(*DOCTOR, *arguments, folder=tmp_path, value="on"))
-    assert report["unknown"] == {
-        "future": "works as upstream",
-        "future_alias": "works as upstream",
-        "future_v3": "treated as deepseek_v3, whose Model it builds on",
-    }
     assert report["problems"] == [
-        "wrapt 2.3.9: >=2.4,<3 is needed.",
-        "The model . is not supported: mlx-lm pipelines it, but the plugin does not know it: it "
-        "works as upstream.",
+        "wrapt 2.3.9: <3,>=2.4 is needed.",
+        "The model . is not supported: the plugin does not know it, and it works as upstream.",
     ]
 
 
@@ -221,52 +201,41 @@ def test_an_old_wrapt_and_a_new_family(tmp_path: Path) -> None:
     ],
 )
 def test_versions(version: str, needs: str, well: bool) -> None:
-    assert packages.satisfies(version, needs) == well
-
-
-REPORT: dict[str, Any] = {
-    "mode": "off",
-    "families": {},
-    "loops": {},
-    "patches": [],
-    "model": None,
-    "ranks": None,
-    "differences": {},
-    "links": None,
-    "wrong_argument": "",
-}
-
-
-def judged(mlx: str = "0.32.3", **found: Any) -> tuple[list[str], list[str]]:
-    """Warnings and problems of a report."""
-    package = {"mlx": {"version": mlx, "needs": "", "problem": ""}}
-    report = {**REPORT, "packages": package, "warnings": [], "problems": [], **found}
-    judge(report)
-    return report["warnings"], report["problems"]
+    assert examine.satisfies(version, needs) == well
 
 
 def test_known_faults_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert judged() == judged("0.32.10") == ([], [])
-    for mlx, said in {
-        "0.32.1": "JACCL's ring",
-        "0.32.2": "JACCL's ring",
-        "0.32.0": "0.32.3 or newer",
-        "0.31.2": "0.32.3 or newer",
-    }.items():
-        ((warning,), problems) = judged(mlx)
-        assert said in warning and warning.startswith(f"mlx {mlx}: ") and not problems
+    def judged(mlx: str, mlx_lm: str = "0.32.2") -> list[str]:
+        return list(examine.judge_versions(mlx, mlx_lm))
+
+    for variable in examine.FAULTS:
+        monkeypatch.delenv(variable, raising=False)
+    assert judged("0.32.3") == judged("0.32.10") == []
+    for mlx in ("0.32.2", "0.32.0", "0.31.2"):
+        (warning,) = judged(mlx)
+        assert "0.32.3 or newer" in warning and warning.startswith(f"mlx {mlx}: ")
     monkeypatch.setenv("MLX_JACCL_RING", "1")
-    warnings, (problem,) = judged("0.32.2")
-    assert "mlx #4443" in problem and not warnings
-    assert judged("0.32.3") == ([], [])
+    assert "mlx #4443" in judged("0.32.2")[-1] and len(judged("0.32.0")) == 1
+    assert judged("0.32.3") == []
     monkeypatch.setenv("MLX_METAL_FAST_SYNCH", "0")
-    assert judged() == ([], [])
+    assert judged("0.32.3") == []
     monkeypatch.setenv("MLX_METAL_FAST_SYNCH", "1")
-    ((warning,), problems) = judged()
-    assert warning.startswith("MLX_METAL_FAST_SYNCH is set: ") and not problems
+    (warning,) = judged("0.32.3")
+    assert warning.startswith("MLX_METAL_FAST_SYNCH is set: ")
     monkeypatch.delenv("MLX_METAL_FAST_SYNCH")
-    ranks = [{"fast synch": "off"}, {"fast synch": "on"}]
-    assert judged(ranks=ranks) == ([warning], [])
+    monkeypatch.setenv("MLX_JACCL_COORDINATOR", "192.168.0.1:32323")  # as mlx.launch does
+    (warning,) = judged("0.32.3")
+    assert "mlx #3149" in warning and "share_tokens after each call" in warning
+
+
+def test_versions_of_mlx_lm_that_were_tested() -> None:
+    tested = [parse(version) for version in versions.VERSIONS]
+    assert f">={min(tested)},<={max(tested)}" == examine.TESTED
+    for version in versions.VERSIONS:
+        assert not list(examine.judge_versions("0.32.4", version))
+    for version in ("0.31.2", "0.32.3", "0.33.0.dev0"):
+        (warning,) = examine.judge_versions("0.32.4", version)
+        assert warning == f"mlx-lm {version}: the plugin has been tested with {examine.TESTED}."
 
 
 def test_links_that_are_slower_than_others_or_broken() -> None:
@@ -274,14 +243,37 @@ def test_links_that_are_slower_than_others_or_broken() -> None:
         between = [one, one + 1]
         return {"between": between, "latency_ms": latency, "there_mb_s": there, "back_mb_s": back}
 
-    links = [link(0, 0.2), link(1, 0.3), link(2, 0.25)]
-    assert judged(links={"garbled": "", "links": links}) == ([], [])
+    def judged(links: list[dict[str, Any]], garbled: str = "") -> tuple[list[str], list[str]]:
+        warnings: list[str] = []
+        problems: list[str] = []
+        examine.judge_links({"garbled": garbled, "links": links}, warnings, problems)
+        return warnings, problems
+
+    assert judged([link(0, 0.2), link(1, 0.3), link(2, 0.25)]) == ([], [])
     links = [link(0, 0.2), link(1, 1.4), link(2, 0.2, 90.0, 80.0)]
-    (slow, narrow), problems = judged(links={"garbled": "", "links": links})
+    (slow, narrow), problems = judged(links)
     assert "between ranks 1 and 2 has a latency of 1.4 ms" in slow and not problems
     assert "between ranks 2 and 3 carries 90 MB/s, and prompts wait" in narrow
-    _, (problem,) = judged(links={"garbled": "rank 0 got other ids", "links": links})
+    _, (problem,) = judged(links, "rank 0 got other ids")
     assert problem == "The links are broken: rank 0 got other ids."
+
+
+def test_another_sitecustomize(tmp_path: Path) -> None:
+    """Of a launcher that is started by `run`, and begins its own children in the same way."""
+    (tmp_path / "sitecustomize.py").write_text("")
+    for path, is_in_the_way in (([str(tmp_path), CHILDREN], True), ([CHILDREN], False)):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+        done = subprocess.run(
+            [sys.executable, *DOCTOR, "--json"],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        warnings = json.loads(done.stdout)["warnings"]
+        found = [line for line in warnings if f"{tmp_path}/sitecustomize.py comes before" in line]
+        assert len(found) == is_in_the_way, warnings
 
 
 # Several runs in one process: each must leave mlx-lm as it was.
@@ -330,24 +322,28 @@ def test_models(tmp_path: Path) -> None:
     well = ("kimi", "solar", "nested", "some/repository")
     assert codes == {name: 0 if name in well else 1 for name in names}
     assert {n: (m["family"], m["head"]) for n, m in models.items() if m["supported"]} == {
-        "kimi": ("deepseek_v3", "own"),
-        "solar": ("solar_open", "unknown"),
-        "nested": ("kimi_k25", "tied"),
-        "some/repository": ("deepseek_v3", "own"),
+        "kimi": ("deepseek_v3", "its own"),
+        "solar": ("glm4_moe", "unknown"),  # whose class it is
+        "nested": ("kimi_k25", "tied to the embedding"),
+        "some/repository": ("deepseek_v3", "its own"),
     }
     assert {n: m["reason"] for n, m in models.items() if not m["supported"]} == {
-        "llama": "mlx-lm cannot pipeline it",
-        "vl": "mlx-lm cannot pipeline it",
-        "other": "mlx-lm does not load it: ValueError: Model type no_such_type not supported.",
+        "llama": "the plugin does not know it, and it works as upstream",
+        "vl": "the plugin does not know it, and it works as upstream",
+        "other": "it cannot be loaded: ValueError: Model type no_such_type not supported.",
         "file": "not covered: it brings a model_file of its own",
-        "typeless": "its config.json cannot be used: KeyError: 'model_type'",
+        "typeless": "it cannot be loaded: KeyError: 'model_type'",
         "broken": models["broken"]["reason"],
-        "empty": "it has no config.json",
-        **dict.fromkeys(missing, "no such folder, and not in the hub's cache on this machine"),
+        "empty": "there is no model in empty: it has no config.json",
+        **{
+            name: f"there is no folder {name}, and no copy of such a hub repository here (plan "
+            "--fetch-headers looks at the hub)"
+            for name in missing
+        },
     }
-    assert models["broken"]["reason"].startswith("its config.json cannot be used: JSONDecodeError")
+    assert models["broken"]["reason"].startswith("it cannot be loaded: JSONDecodeError")
     assert found["llama"]["problems"] == [
-        "The model llama is not supported: mlx-lm cannot pipeline it."
+        "The model llama is not supported: the plugin does not know it, and it works as upstream."
     ]
 
 
@@ -390,7 +386,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(["doctor", "--help"])
     assert error.value.code == 0
-    assert "example: mlx.launch" in capsys.readouterr().out
+    assert "Example: mlx.launch" in capsys.readouterr().out
 
 
 # As ranks whose environments differ: the variable is read when the plugin is imported.
@@ -414,29 +410,28 @@ def test_ranks(tmp_path: Path) -> None:
     environment = {"COLUMNS": "120"}
     differ = ranks.launch(script, "MLX_LM_SKIPHEAD=1", ranks=2, env=environment, check=False)
     assert "exited with code 1" in differ.stderr and "Traceback" not in differ.stderr
-    assert differ.stdout.count("versions") == 1 and "ranks agree" not in differ.stdout
-    assert re.search(r"│ mode +│ off +│ on +│", differ.stdout)
-    assert "Problem: The ranks differ in: mode, variable." in differ.stdout
+    assert differ.stdout.count("│ wrapt") == 1 and "ranks agree" not in differ.stdout
+    assert "Problem: The ranks differ in: mode (off | on)." in differ.stdout
     assert "mlx.launch --env MLX_LM_SKIPHEAD=1 ..." in differ.stdout
 
 
 LINKS = ["doctor", "--links"]
 
 
-def test_a_slow_link_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(warm.JOIN, "1")
+def test_a_slow_link_is_measured() -> None:
     delay = 60.0
-    command = [warm.python(), "-m", "mlx_lm_skiphead", *LINKS, "--json"]
-    said: list[str] = []
-
-    class Heard(Ranks):
-        def _listen(self, rank: int, output: Any, errors: Any) -> None:
-            said.extend(output)
-            super()._listen(rank, output, errors)
-
-    with Heard(2, command, link_delay=delay) as started:
-        assert not list(started.events())
-    report = json.loads("".join(said))
+    launcher = Path(__file__).with_name("tools") / "simulated_links.py"
+    done = subprocess.run(
+        [
+            *(sys.executable, str(launcher), "-n", "2", "--delay", str(delay)),
+            *(warm.python(), "-m", "mlx_lm_skiphead", *LINKS, "--json"),
+        ],
+        env={**os.environ, warm.JOIN: "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    report = json.loads(done.stdout)
     links = report["links"]
     (link,) = links["links"]
     assert link["between"] == [0, 1] and not links["garbled"]
@@ -446,11 +441,34 @@ def test_a_slow_link_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["exit_code"] == 0 and "a latency of 6" in report["warnings"][0]
 
 
+# As over a link that changes a byte of the rows of bytes that rank 1 receives.
+GARBLES = """
+import sys
+import mlx.core as mx
+from mlx_lm_skiphead.cli import main
+gather = mx.distributed.all_gather
+def garbled(data, **where):
+    everything = gather(data, **where)
+    if data.dtype == mx.uint8 and data.ndim == 2 and mx.distributed.init().rank() == 1:
+        everything[0, -1] = everything[0, -1] + 1
+    return everything
+mx.distributed.all_gather = garbled
+sys.exit(main(["doctor", "--links"]))
+"""
+
+
+def test_rows_of_odd_lengths_that_arrive_changed(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(GARBLES)
+    done = ranks.launch(script, ranks=2, check=False, env={"COLUMNS": "120"})
+    assert "Problem: The links are broken: another rank got other data than" in done.stdout
+
+
 # As where a message is lost: rank 1 comes too late.
 STANDS_STILL = """
 import os, sys, time
 from mlx_lm_skiphead.cli import main
-from mlx_lm_skiphead.cli.examination import links
+from mlx_lm_skiphead.cli import links
 links.STANDS_STILL = 3
 measure = links.measure
 def late(group):
@@ -467,7 +485,7 @@ def test_links_that_stand_still(tmp_path: Path) -> None:
     script.write_text(STANDS_STILL)
     done = ranks.launch(script, ranks=2, check=False, timeout=90)
     assert done.seconds < 80
-    assert "doctor: rank 0 has waited 3 s for what rank 1 sends in step 0" in done.stderr
+    assert "mlx-lm-skiphead: rank 0 has waited 3 s for what rank 1 sends in step 0" in done.stderr
 
 
 def test_links_take_ranks(tmp_path: Path) -> None:

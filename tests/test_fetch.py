@@ -322,17 +322,17 @@ def test_plan(hub, name, count, tmp_path, capfd):
     assert there | {"model": ""} == here | {"model": ""}
     assert hub.asked == []
     sizes = {file: (hub.root / name / file).stat().st_size for file in FILES}
-    totals = {"unpatched": 0, "skip": 0}
+    totals = {"all": 0, "needed": 0}
     for rank, told in enumerate(there["ranks"]):
-        for way, numbers in (("unpatched", UNPATCHED[count]), ("skip", PLUGIN[name][count])):
+        for way, numbers in (("all", UNPATCHED[count]), ("needed", PLUGIN[name][count])):
             assert told["downloads"][way] == {file: sizes[file] for file in files(numbers[rank])}
             totals[way] += sum(told["downloads"][way].values())
     assert there["download_bytes"] == totals
     assert main([*arguments, str(hub.root / name)]) == 0
     said = capfd.readouterr().out
-    assert "MB of weights to download" in said
-    saved = (totals["unpatched"] - totals["skip"]) / 1e6
-    assert f"unpatched, {saved:,.1f} MB less" in " ".join(said.split())
+    assert "downloaded (all → needed)" in " ".join(said.split())
+    saved = (totals["all"] - totals["needed"]) / 1e6
+    assert f"MB: {saved:,.1f} MB less." in " ".join(said.split())
 
 
 @pytest.mark.parametrize("what", ["half a file", "no hub"])

@@ -193,7 +193,7 @@ def test_demo_and_bench(checkpoint: Path) -> None:
     mpi = ["--backend", "mpi", "-n", "2"]
     demo = command("demo", "--model", model, "--max-tokens", "3", *mpi)
     assert demo.returncode == 0, demo.stdout + demo.stderr
-    assert "Tokens agree: 3 greedy" in demo.stdout
+    assert "Answers agree: 3 greedy" in demo.stdout
     assert re.search(r"│ +1 │ first stage │ +\d-\d │ +1.00 → 0.00 │", demo.stdout)
 
     sizes = ["--batch", "1,2", "--tokens", "3", "--rounds", "2", "--json"]
@@ -202,9 +202,6 @@ def test_demo_and_bench(checkpoint: Path) -> None:
     told = json.loads(bench.stdout)
     assert told["backend"] == "mpi" and told["tokens_agree"] and all(told["memory"])
     assert all(case["ratio"] for case in told["cases"])
-
-    lost = command("bench", str(checkpoint), *mpi, "--cores", "0;999")
-    assert lost.returncode == 1 and "rank 1: " in lost.stderr
 
 
 DOCTOR = """

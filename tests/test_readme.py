@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import ranks
 import tiny_models
+from tools import families
 
 from mlx_lm_skiphead import config
-from mlx_lm_skiphead.cli import families
 
 ROOT = Path(__file__).parents[1]
 README = ROOT.joinpath("README.md").read_text(encoding="utf-8")

@@ -128,3 +128,129 @@ def test_sigterm(folder: Path) -> None:
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == -signal.SIGTERM
+
+
+# What a program with an inference worker does: the model is in another process, and the program
+# imports no plugin.
+WORKER = """
+import multiprocessing
+import subprocess
+import sys
+
+def work():
+    import importlib
+    import mlx.core as mx
+    import ranks
+    import tiny_models
+    from mlx_lm_skiphead.cli.measure import count_heads
+    group = ranks.join()
+    model = tiny_models.make("deepseek_v3")
+    model.model.pipeline(group)
+    loops = importlib.import_module("mlx_lm.generate")
+    with count_heads(model) as count:
+        steps = loops.generate_step(mx.array([3, 1, 4]), model, max_tokens=6)
+        tokens = [token for token, _ in steps]
+        mx.synchronize(loops.generation_stream)
+    mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))  # no rank ends before another
+    ranks.report([tokens, count.evaluated()])
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["work"]:
+        work()
+    elif sys.argv[1] == "subprocess":
+        subprocess.run([sys.executable, __file__, "work"], check=True)
+    else:
+        process = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+        process.start()
+        process.join()
+        sys.exit(process.exitcode)
+"""
+RUNS = """
+import sys
+from mlx_lm_skiphead.cli import main
+sys.exit(main(["run", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("how", ["spawn", "forkserver", "fork", "subprocess"])
+def test_a_worker_in_another_process(how: str, tmp_path: Path) -> None:
+    program, runs = tmp_path / "program.py", tmp_path / "runs.py"
+    program.write_text(WORKER)
+    runs.write_text(RUNS)
+    cold = {"PYTHONUNBUFFERED": "1"}  # a warm Python begins without sitecustomize
+    plain = ranks.launch(program, how, ranks=2, env=cold).results
+    told = ranks.launch(runs, str(program), how, ranks=2, env=cold).results
+    (tokens, heads), *_ = plain
+    assert heads == 7  # mlx-lm computes one token more than it gives out
+    assert plain == [[tokens, heads]] * 2
+    assert told == [[tokens, heads], [tokens, 0]]
+
+
+PRINTS_MODE = "import sys; m = sys.modules.get('mlx_lm_skiphead'); print(m and m.status().mode)"
+CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {PRINTS_MODE!r}])"
+
+
+def test_children_are_switched_on_by_run_only(folder: Path) -> None:
+    (folder / "child.py").write_text(CHILD)
+    hidden = folder / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("print('hidden', __file__)\n")
+    path = os.pathsep.join([str(hidden), str(Path(__file__).parents[1])])
+    said = f"hidden {hidden / 'sitecustomize.py'}\n"
+
+    def output(*command: str, **variables: str) -> str:
+        environment = {k: v for k, v in os.environ.items() if k != "MLX_LM_SKIPHEAD"} | variables
+        environment["PYTHONPATH"] = path
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=folder,
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout
+
+    # Once in the program, once in its child.
+    assert output("child.py") == f"{said}{said}None\n"
+    assert output(*RUN[1:], "child.py") == f"{said}{said}on\n"
+    assert output(*RUN[1:], "child.py", MLX_LM_SKIPHEAD="hidden") == f"{said}{said}hidden\n"
+    assert output(*RUN[1:], "child.py", MLX_LM_SKIPHEAD="0") == f"{said}{said}None\n"
+    # A `run` in a `run` does not run it twice.
+    assert output(*RUN[1:], "-m", "mlx_lm_skiphead", "run", "child.py") == f"{said}{said}on\n"
+
+
+def test_a_module_by_its_option_and_a_script_without_a_suffix(folder: Path) -> None:
+    (folder / "tool").write_text(PROGRAM)
+    plain = run(sys.executable, "-m", "package", "0", "-m", cwd=folder)
+    ours = run(*RUN, "-m", "package", "0", "-m", cwd=folder)
+    assert ours.stdout == plain.stdout.replace("mode off", "mode on") and not ours.stderr
+    plain = run(sys.executable, "./tool", "5", cwd=folder)
+    ours = run(*RUN, "./tool", "5", cwd=folder)
+    assert plain.returncode == ours.returncode == 5
+    assert ours.stdout == plain.stdout.replace("mode off", "mode on")
+
+
+# As a server does: ranks that do not agree are found in a thread, and the others would wait.
+IN_A_THREAD = """
+import threading
+import time
+import mlx_lm_skiphead
+def work():
+    raise {error}
+threading.Thread(target=work).start()
+time.sleep(60 if "Skiphead" in {error!r} else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("mlx_lm_skiphead.SkipheadError('differs')", -signal.SIGTERM), ("ValueError()", 0)],
+)
+def test_ranks_that_do_not_agree_end_though_a_thread_finds_it(
+    error: str, code: int, folder: Path
+) -> None:
+    (folder / "threads.py").write_text(IN_A_THREAD.format(error=error))
+    done = run(*RUN, "threads.py", cwd=folder)
+    assert done.returncode == code
+    assert "Traceback" in done.stderr

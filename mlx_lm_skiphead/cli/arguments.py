@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-Number = TypeVar("Number", int, float)
+T = TypeVar("T")
 
 
 class Unusable(ValueError):
     """Something that the user named cannot be used; the message is one line that says why."""
+
+
+def new_command(
+    commands: Any, run: Callable[[argparse.Namespace], int], document: str, summary: str
+) -> argparse.ArgumentParser:
+    """A new subcommand, named by the last part of the module of its `run`.
+
+    Args:
+        commands: the subcommands of a parser.
+        run: runs it, and returns the exit code.
+        document: of the module. Its last paragraph is an example.
+        summary: a line for the list of commands.
+    """
+    description, _, example = document.replace("`", "").strip().rpartition("\n\n")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        run.__module__.rpartition(".")[2], help=summary, description=description, epilog=example
+    )
+    parser.set_defaults(run=run)
+    return parser
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -18,40 +37,27 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"a whole number of {least} or more is needed, not {text!r}"
-            )
+            wanted = f"a whole number of {least} or more"
+            raise argparse.ArgumentTypeError(f"{wanted} is needed, not {text!r}")
         return int(text)
 
     return parse
 
 
-def positives(kind: type[Number]) -> Callable[[str], list[Number]]:
-    """A list of numbers above 0, as in ``8,4,4``."""
-
-    def parse(text: str) -> list[Number]:
-        try:
-            numbers = [kind(part) for part in text.split(",")]
-        except ValueError:
-            numbers = []
-        if not numbers or not all(0 < number < float("inf") for number in numbers):
-            raise argparse.ArgumentTypeError(f"needs numbers above 0, as in 8,4,4, not {text!r}")
-        return numbers
-
-    return parse
+def above_0(text: str) -> float:
+    """A number above 0, and finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0 is needed, not {text!r}")
+    return number
 
 
-def indices(text: str) -> list[int]:
-    """A list of whole numbers from 0 on, as in ``0,1``; the same one may come twice."""
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"needs numbers, as in 0,1, not {text!r}")
-    return [int(part) for part in parts]
-
-
-def indices_by_rank(text: str) -> list[list[int]]:
-    """Such a list for each rank, as in ``0;1`` or ``0,1;2,3``."""
-    return [indices(part) for part in text.split(";")]
+def listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """A list of what `parse` takes, as in ``8,4,4``."""
+    return lambda text: [parse(part) for part in text.split(",")]
 
 
 def one_line(error: BaseException) -> str:

@@ -1,151 +1,107 @@
-"""``mlx-lm-skiphead demo``: runs a model without the plugin and with it, on this machine.
+"""``mlx-lm-skiphead demo``: a `bench` on this machine that also answers a sentence.
 
-Prints whether the tokens agree, how many heads each rank ran for a token, memory and time. All of
-that is measured in the run.
+Without ``--model`` it makes a small model of DeepSeek-V3's shape with random weights. It prints how
+many heads each rank ran for a token, whether the tokens of the answers agree, and what `bench`
+prints: times, memory, and what is left on disk.
+
+Example: mlx-lm-skiphead demo --model ./my-model -n 3 --prompt 'Hello'
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
-from . import downloads
-from .arguments import Unusable, at_least
-from .bench import STOPPED, listen, memory_table, of_case, report_times
-from .ranks import WAYS, RankFailed, Ranks, interrupted_by_sigterm, mpi_ranks, rank_command, role
+from . import bench, demo_model, downloads
+from .arguments import at_least, new_command
+from .ranks import WAYS, role
 from .tables import both, table
 
-ROUNDS = 7
-BATCH, PROMPT = 1, 8
 Result = dict[str, Any]
 
 
 def add_command(commands: Any) -> None:
     """Add ``demo`` to the parser's subcommands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "demo",
-        help="run a model on ranks of this machine, without the plugin and with it, and compare",
-        description="Starts ranks on this machine, runs a model without the plugin and with it, "
-        "and prints whether the tokens agree, how many heads each rank ran per token, memory, "
-        "what is left on disk, and time. Without --model it makes a small model of "
-        "DeepSeek-V3's shape with random weights.",
-        epilog="example: mlx-lm-skiphead demo --model ./my-model -n 3 --prompt 'Hello'",
-    )
+    summary = "run a model on ranks of this machine, without the plugin and with it, and compare"
+    parser = new_command(commands, run, __doc__, summary)
     option = parser.add_argument
     option("--model", metavar="PATH_OR_REPO", help="a model that mlx-lm can pipeline")
     option("-n", dest="ranks", type=at_least(2), default=2, metavar="N", help="ranks (2)")
     option("--backend", choices=("ring", "mpi"), default="ring", help="of MLX (ring)")
-    option("--prompt", default="What is the capital of France?", help="(%(default)s)")
-    option(
-        "--max-tokens", type=at_least(1), default=24, metavar="N", help="tokens of an answer (24)"
-    )
-    parser.set_defaults(run=run)
+    sentence, size = "What is the capital of France?", at_least(1)
+    option("--prompt", dest="text", default=sentence, help="(%(default)s)")
+    tokens = "tokens of an answer (24)"
+    option("--max-tokens", dest="tokens", type=size, default=24, metavar="N", help=tokens)
+    as_bench = {"batch": [1], "prompt": [8], "rounds": 7}
+    parser.set_defaults(hostfile=None, starting_port=0, gpus=None, **as_bench)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0; 1 if tokens differ, workers run heads or a rank failed; 130 after Ctrl-C.
+        The exit code: as `bench.run`; also 1 if the tokens of answers differ or workers run heads.
+
+    Raises:
+        Unusable: if the model cannot be used.
     """
     console = Console(highlight=False)
-    count = arguments.ranks
-    results: list[Any] = [None] * count
-    measured: list[dict[str, Any]] = []
-    try:
-        with interrupted_by_sigterm(), tempfile.TemporaryDirectory() as folder:
-            task = {
-                "model": arguments.model or _build(console, Path(folder)),
-                "cases": [(BATCH, PROMPT)],
-                "tokens": arguments.max_tokens,
-                "rounds": ROUNDS,
-                "prompt": arguments.prompt,
-            }
-            is_mpi = arguments.backend == "mpi"
-            ranks = mpi_ranks(count, task, None) if is_mpi else Ranks(count, rank_command(task))
-            listen(ranks, results, measured, console)
-    except (RankFailed, Unusable) as failure:
-        console.print(f"[red]The demo could not run:[/] {escape(str(failure))}")
-        return 1
-    except KeyboardInterrupt:
-        console.print(STOPPED)
-        return 130
-    _report(console, results, measured)
-    code = _compare(console, results)
-    if code == 0 and arguments.model is None:
-        console.print(_summary(results))
-    return code
-
-
-def _build(console: Console, folder: Path) -> str:
-    with console.status("building a model with random weights (DeepSeek-V3's shape, 320 MB)"):
-        subprocess.run(
-            [sys.executable, "-m", "mlx_lm_skiphead.cli.demo_model", str(folder)],
-            check=True,
-            stdin=subprocess.DEVNULL,
-        )
-    return str(folder)
-
-
-def _report(console: Console, results: list[Result], measured: list[dict[str, Any]]) -> None:
+    is_random = arguments.model is None
+    with tempfile.TemporaryDirectory() as folder:
+        if is_random:
+            arguments.model = folder
+            with console.status("building a model with random weights (330 MB)"):
+                demo_model.write(Path(folder))
+        told, code = bench.measure(arguments)
+    results: list[Result] = told["memory"]
+    if not all(results):
+        return code
+    told["model"] = "DeepSeek-V3's shape, random weights" if is_random else arguments.model
     rows = []
     for rank, result in enumerate(results):
         first, end = result["layers"]
         heads = {way: result["answers"][way]["heads_per_token"] for way in WAYS}
         rows.append([str(rank), role(rank, len(results)), f"{first}-{end - 1}", both(heads, 2)])
-    title = f"{len(results)} ranks of one pipeline: unpatched → plugin"
+    title = f"a head of {results[0]['head_bytes'] / 1e6:.0f} MB: unpatched → plugin"
     console.print(table(title, ("rank", "role", "layers", "heads per token"), rows))
-    console.print(memory_table(results))
-    console.print(f"The head is {results[0]['head_bytes'] / 1e6:.0f} MB.")
+    bench.report(console, told)
     console.print(downloads.summary([result["downloads"] for result in results]))
-    case = of_case(BATCH, PROMPT, measured)
-    if case["ratio"]:  # not with one token
-        report_times(console, [case])
+    code = _compare(console, results) or code
+    left = sum(sum(result["on_disk"].values()) for result in results)
+    if code == 0 and is_random:
         console.print(
-            "These ranks share the cores of one machine. Between equal machines the plugin gains "
-            "little time, see README.md."
+            f"So {len(results)} ranks gave the tokens of mlx-lm while only rank 0 ran the head, "
+            f"and {left / 1e6:.0f} MB of weights stayed on disk. These ranks share the cores of "
+            "one machine: between equal machines the plugin gains little time, see README.md. "
+            f"`mlx-lm-skiphead plan MODEL -n {len(results)}` says what it saves with your model."
         )
+    return code
 
 
 def _compare(console: Console, results: list[Result]) -> int:
     """Compare tokens and heads. With the plugin each rank must have the tokens that rank 0 has
     without it, and no worker may run a head."""
-    unpatched, skip = ([result["answers"][way] for result in results] for way in WAYS)
+    unpatched, plugin = ([result["answers"][way] for result in results] for way in WAYS)
     right = unpatched[0]
     console.print(f"text: {right['text']!r}", markup=False)
     wrong = [
         f"rank {rank}, {kind}: {answer[kind]} where unpatched mlx-lm gives {right[kind]}"
         for kind in ("greedy", "seeded")
-        for rank, answer in enumerate(skip)
+        for rank, answer in enumerate(plugin)
         if answer[kind] != right[kind]
     ]
-    if wrong:
-        console.print("[red bold]Tokens differ.[/] Please report this:")
-        for line in wrong:
-            console.print(f"  {line}", markup=False)
-        return 1
-    if any(answer["heads_per_token"] for answer in skip[1:]):
-        console.print("[red bold]Workers ran heads with the plugin on.[/] Please report this.")
-        return 1
-    console.print(
-        f"[green]Tokens agree[/]: {len(right['greedy'])} greedy and {len(right['seeded'])} at "
-        f"temperature 0.8, on all {len(skip)} ranks, with and without the plugin."
-    )
-    return 0
-
-
-def _summary(results: list[Result]) -> str:
-    count, left = len(results), sum(sum(result["on_disk"].values()) for result in results)
-    return (
-        f"So {count} ranks gave the tokens of mlx-lm while only rank 0 ran the head, and "
-        f"{left / 1e6:.0f} MB of weights stayed on disk. Next, `mlx-lm-skiphead plan MODEL -n "
-        f"{count}` says what that saves with your model; --bandwidth and --link describe your "
-        "machines."
-    )
+    if any(answer["heads_per_token"] for answer in plugin[1:]):
+        wrong.append("workers ran heads with the plugin on")
+    for line in wrong:
+        console.print(f"Please report this: {line}", style="red", markup=False)
+    if not wrong:
+        console.print(
+            f"[green]Answers agree[/]: {len(right['greedy'])} greedy tokens and "
+            f"{len(right['seeded'])} at temperature 0.8, on all {len(plugin)} ranks, with and "
+            "without the plugin."
+        )
+    return 1 if wrong else 0

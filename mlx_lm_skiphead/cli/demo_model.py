@@ -1,36 +1,15 @@
 """The demo's model: a small one of DeepSeek-V3's shape with random weights.
 
-``python -m mlx_lm_skiphead.cli.demo_model FOLDER`` writes it as mlx-lm loads it. Of its 330 MB the
-head and the embedding have 134 each, as in a model of a large vocabulary. Its text is noise.
+Of its 330 MB the head and the embedding have 134 each, as in a model of a large vocabulary. Its
+text is noise.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
-CONFIG: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 65536,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 3,
-    "kv_lora_rank": 64,
-    "q_lora_rank": 128,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 32,
-    "v_head_dim": 32,
-    "eos_token_id": 256,
-}
+CONFIG = Path(__file__).with_suffix(".json")
 
 FILE_BYTES = 140 * 10**6
 """The largest file of weights. mlx-lm fills files in the same order, up to 5 GiB."""
@@ -43,7 +22,8 @@ def write(folder: Path) -> None:
     from mlx_lm.models import deepseek_v3
 
     mx.random.seed(0)
-    model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(CONFIG))
+    config = json.loads(CONFIG.read_text())
+    model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(config))
     # The default embedding is so small that every token would look alike.
     table = model.model.embed_tokens.weight
     model.model.embed_tokens.weight = mx.random.normal(table.shape)
@@ -59,17 +39,17 @@ def write(folder: Path) -> None:
         mx.save_safetensors(str(folder / name), part, metadata={"format": "mlx"})
     index = {"metadata": {}, "weight_map": {key: name for name in files for key in files[name]}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    _write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_tokenizer(folder, config["vocab_size"])
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, size: int) -> None:
     """Each byte is an id, so that any prompt has one; the other ids are spelled as numbers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # "Ġ" is how this alphabet writes a space.
-    names = [*alphabet, "<end>", *(f"Ġ{i}" for i in range(257, CONFIG["vocab_size"]))]
+    names = [*alphabet, "<end>", *(f"Ġ{i}" for i in range(257, size))]
     vocabulary = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -78,7 +58,3 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))

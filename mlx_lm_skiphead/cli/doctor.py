@@ -1,6 +1,11 @@
 """``mlx-lm-skiphead doctor``: whether the plugin works here, with this mlx-lm, model and ranks.
 
-`examine` finds that out; this is the command, and its report as text.
+It looks at versions, each family of models, each loop, patches of other packages, and a model of
+yours. Under mlx.launch or mpirun it also compares all ranks, and with --links measures their links.
+It loads no weights and uses no network but those links.
+
+Example: mlx.launch -n 2 --backend ring --env MLX_LM_SKIPHEAD=1 -- python -m mlx_lm_skiphead doctor
+--model ./my-model
 """
 
 from __future__ import annotations
@@ -8,54 +13,41 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from .. import config
-from .examination import examine
-from .examination.ranks import NO_MPI
+from .. import __version__, config
+from . import downloads, examine
+from .arguments import Unusable, new_command
+from .run import in_the_way
 from .tables import table
 
-Report = dict[str, Any]
+BACKENDS = ("ring", "jaccl", "mpi", "nccl")
+MEANING = {
+    "off": f"the plugin is off; to switch it on, set {config.VARIABLE}=1 for all ranks",
+    "on": "the plugin is on",
+    "hidden": "the plugin is on, and outside mlx-lm's loops workers give hidden states",
+    "invalid": "not understood",
+}
 
 
 def add_command(commands: Any) -> None:
     """Add ``doctor`` to the parser's subcommands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "doctor",
-        help="check versions, families, loops, a model, patches of others, and all ranks",
-        description="Checks whether the plugin works with the installed mlx-lm: versions, each "
-        "family of models, each loop, patches of other packages, and a model of yours. Under "
-        "mlx.launch or mpirun it also checks whether all ranks agree, and with --links measures "
-        "their links. It loads no weights and uses no network but those links.",
-        epilog="example: mlx.launch -n 2 --backend ring --env MLX_LM_SKIPHEAD=1 -- python -m "
-        "mlx_lm_skiphead doctor --model ./my-model",
-    )
-    option = parser.add_argument
+    summary = "check versions, families, loops, a model, patches of others, and all ranks"
+    option = new_command(commands, run, __doc__, summary).add_argument
     option("--model", metavar="PATH_OR_REPO", help="a folder, or a hub repository in the cache")
-    option(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import this first, to see what it patches; may be repeated",
-    )
-    option(
-        "--links",
-        action="store_true",
-        help="under mlx.launch or mpirun, send what a step sends, some hundred times, and measure "
-        "each link; ends if nothing moves for half a minute",
-    )
+    first = "import this first, to see what it patches; may be repeated"
+    option("--import", dest="modules", action="append", default=[], metavar="MODULE", help=first)
+    links = "under mlx.launch or mpirun, measure each link; ends if nothing moves for half a minute"
+    option("--links", action="store_true", help=links)
     option("--json", action="store_true", help="print one JSON document, and nothing else")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,140 +55,129 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns:
         The exit code: 0; 1 if something that was asked for cannot work, by the variable or by
-        ``--model``, or if ranks differ; 2 for wrong arguments.
+        ``--model``, or if ranks differ; 2 for wrong arguments. On ranks other than 0 it is 0:
+        a launcher would kill rank 0, which prints the report.
     """
-    with _quiet():
-        report = examine(arguments.model, arguments.modules, measures_links=arguments.links)
+    logging.getLogger("mlx_lm_skiphead").disabled = True  # what it logs is in the report
+    with redirect_stdout(sys.stderr):
+        report = diagnose(arguments.model, arguments.modules, arguments.links)
     code: int = report["exit_code"]
-    if report["rank"] == 0:
-        if code == 2:
-            print(f"mlx-lm-skiphead doctor: {report['wrong_argument']}", file=sys.stderr)
-        elif arguments.json:
-            print(json.dumps(report, indent=2))
-        else:
-            _print(Console(markup=False, highlight=False), report)
-        sys.stdout.flush()
-    if report["ranks"]:
-        _meet()
-    elif report["rank"] and NO_MPI in report["problems"]:
-        return 0  # with 1, mpirun would kill rank 0, which prints the report and ends with 1
+    if report["rank"]:
+        return 0
+    if code == 2:
+        raise Unusable(report["wrong_argument"])
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(Console(markup=False, highlight=False), report)
     return code
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep out what the plugin logs, which the report has, and what an import prints."""
-    log = logging.getLogger("mlx_lm_skiphead")
-    before, log.disabled = log.disabled, True
+def diagnose(model: str | None, modules: list[str], measures_links: bool) -> examine.Report:
+    """All that doctor finds out, as ``--json`` prints it.
+
+    Keys:
+
+    - ``plugin``, ``python``, ``platform``: versions.
+    - ``packages``: by name ``{"version", "needs", "problem"}``. The version is null if it is not
+      installed, `needs` is what the plugin requires, `problem` is "" if there is none.
+    - ``backends``: the distributed backends that this mlx has.
+    - ``variable``: the value of MLX_LM_SKIPHEAD, or null; ``mode``: "off", "on" or "hidden", or
+      "invalid". ``download``: the value of MLX_LM_SKIPHEAD_DOWNLOAD, or null.
+    - ``targets``: families and loops, by name ``{"state", "reason"}``, as in `status()`. They are
+      of this process, which is patched whatever the mode: "not imported yet" is not in this
+      mlx-lm. Empty if a package cannot be imported.
+    - ``patches``: other packages' ``{"target", "by"}``: the function, and the module that wraps or
+      replaces it.
+    - ``model``: ``{"name", "model_type", "family", "head", "supported", "reason"}``, or null. The
+      head is "tied to the embedding", "its own" or "unknown".
+    - ``rank``: this rank; ``ranks``: the facts of each rank, a list by rank, or null if there is
+      only one; ``differences``: by name of a fact that differs, a list of its values by rank.
+    - ``links``: null if they are not measured, else what `links.measure` returns.
+    - ``warnings``, ``problems``: lines; ``wrong_argument``: a line or "".
+    - ``exit_code``: of the command. The document is not printed if it is 2.
+    """
+    found = examine.packages()
+    report: examine.Report = {
+        **{"plugin": __version__, "python": platform.python_version(), "packages": found},
+        **{"platform": platform.platform(), "backends": [], "targets": {}, "patches": []},
+        **{"variable": os.environ.get(config.VARIABLE), "mode": "invalid", "model": None},
+        **{"download": os.environ.get(downloads.VARIABLE), "rank": 0, "ranks": None},
+        **{"differences": {}, "links": None, "warnings": [], "problems": [], "wrong_argument": ""},
+    }
+    problems, warnings = report["problems"], report["warnings"]
     try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        log.disabled = before
+        report["mode"] = config.requested_mode()
+    except ValueError as error:
+        problems.append(str(error))
+    # With the plugin off, nothing has been asked for that could fail.
+    wanted = warnings if report["mode"] == "off" else problems
+    wanted += [f"{n} {p['version']}: {p['problem']}." for n, p in found.items() if p["problem"]]
+    is_usable = not any("imported" in package["problem"] for package in found.values())
+    try:
+        if is_usable:
+            examine.look_at_targets(report, modules)
+            warnings += examine.judge_versions(found["mlx"]["version"], found["mlx-lm"]["version"])
+        left = [n for n, t in report["targets"].items() if t["state"] in ("refused", "replaced")]
+        if left:
+            names = ", ".join(left)
+            wanted.append(f"Left to upstream mlx-lm, where all ranks run the head: {names}.")
+        if model:
+            report["model"] = examine.look_at_model(model, report["targets"])
+    except Unusable as error:
+        report["wrong_argument"] = str(error)
+    if report["model"] and (reason := report["model"]["reason"]):
+        problems.append(f"The model {model} is not supported: {reason}.")
+    if patches := ", ".join("{target} (by {by})".format_map(p) for p in report["patches"]):
+        warnings.append(f"Other packages have patched the same functions: {patches}.")
+    if other := in_the_way():
+        line = "`run` does not reach the Python processes that a program starts"
+        warnings.append(f"{line}: {other} comes before its own, and does not run it.")
+    if is_usable:
+        import mlx.core as mx
+
+        report["backends"] = [b for b in BACKENDS if mx.distributed.is_available(backend=b)]
+        examine.look_at_ranks(report, measures_links)
+    report["exit_code"] = 1 if problems else 2 if report["wrong_argument"] else 0
+    return report
 
 
-def _meet() -> None:
-    """Wait for rank 0's report: mlx.launch kills all ranks when one has exited with an error."""
-    import mlx.core as mx
-
-    with suppress(RuntimeError):
-        mx.eval(mx.distributed.all_sum(mx.array(1)))
-
-
-# The report as text
-
-_MEANING = {
-    "off": "the plugin is off, and importing it does nothing",
-    "on": "the plugin is on",
-    "hidden": "the plugin is on, and outside mlx-lm's loops workers give hidden states",
-    "invalid": "not understood",
-}
-_STYLES = {"patched": "green", "refused": "red", "replaced": "red", "unknown": "yellow"}
-
-
-def _print(console: Console, report: Report) -> None:
+def _print(console: Console, report: examine.Report) -> None:
     line = partial(console.print, soft_wrap=True)
-    console.print(_versions(report))
-    line(f"Python {report['python']} on {report['platform']}")
-    backends = [name if has else f"no {name}" for name, has in report["backends"].items()]
-    if backends:
-        line(f"Distributed backends: {', '.join(backends)}.")
-    value = report["variable"]
-    setting = f"{config.VARIABLE} is not set" if value is None else f"{config.VARIABLE}={value}"
-    line(f"{setting}: {_MEANING[report['mode']]}.")
-    if report["families"]:
-        console.print(_states("family", report["families"], report["unknown"]))
-        console.print(_states("loop", report["loops"], {}))
-    if report["patches"]:
-        console.print(_patches(report["patches"]))
-    model = report["model"]
-    if model and model["supported"]:
-        head = {"tied": "tied to the embedding", "own": "its own"}.get(model["head"], "unknown")
-        line(
-            f"The model {model['name']} is supported: {model['model_type']}, of the family "
-            f"{model['family']}; head: {head}."
-        )
-    differences = report["differences"]
-    if differences.keys() - {"variable"}:
-        columns = ["", *(f"rank {rank}" for rank in range(len(report["ranks"])))]
-        rows = ([name, *values] for name, values in differences.items())
-        console.print(table("what differs", columns, rows, is_text=True))
-    elif report["ranks"]:
-        line(f"{len(report['ranks'])} ranks agree.")
-    if report["links"]:
-        _print_links(console, report["links"])
-    for text in report["warnings"]:
-        line(f"Warning: {text}", style="yellow")
-    for text in report["problems"]:
-        line(f"Problem: {text}", style="red")
-    if not report["problems"] and not report["warnings"]:
-        console.print("No problem was found.", style="green")
-    if report["mode"] == "off" and not report["problems"]:
-        line(f"To switch the plugin on, set {config.VARIABLE}=1 for all ranks.")
-
-
-def _print_links(console: Console, links: Report) -> None:
-    rows = (
-        [
-            "{} - {}".format(*link["between"]),
-            *(f"{link[key]:.2f}" for key in ("latency_ms", "highest_ms")),
-            *(f"{link[key]:.0f}" for key in ("there_mb_s", "back_mb_s")),
-        ]
-        for link in links["links"]
-    )
-    columns = ("ranks", "latency", "highest", "there", "back")
-    console.print(table("links: ms one way, and MB/s each way", columns, rows))
-    console.print(
-        f"A step takes {links['step_ms']:.2f} ms on the links alone (median of {links['steps']}, "
-        f"highest {links['highest_step_ms']:.2f}). A token takes at least that.",
-        soft_wrap=True,
-    )
-
-
-def _versions(report: Report) -> Table:
     rows: list[list[str | Text]] = [["mlx-lm-skiphead", report["plugin"], "", ""]]
     for name, package in report["packages"].items():
         state = Text(package["problem"], "red") if package["problem"] else "ok"
         rows.append([name, package["version"] or "", package["needs"], state])
-    return table("versions", ("", "version", "needed", ""), rows, is_text=True)
-
-
-def _states(what: str, targets: dict[str, dict[str, str]], unknown: dict[str, str]) -> Table:
-    found = [(name, target["state"], target["reason"]) for name, target in targets.items()]
-    found += [(name, "unknown", f"pipelined by mlx-lm: {how}") for name, how in unknown.items()]
-    rows: list[list[str | Text]] = []
-    for name, state, reason in found:
-        shown = Text("supported" if state == "patched" else state, _STYLES.get(state, ""))
-        rows.append([name, shown, reason])
-    columns = [what, "state", *(["why"] if any(reason for *_, reason in found) else [])]
-    return table("", columns, (row[: len(columns)] for row in rows), is_text=True)
-
-
-def _patches(patches: list[dict[str, str]]) -> Table:
-    """One row for each package that patches in one way."""
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for patch in patches:
-        how = ", ".join(filter(None, (patch["how"], patch["where"])))
-        grouped.setdefault((patch["by"], how), []).append(patch["target"])
-    rows = ((by, how, "\n".join(targets)) for (by, how), targets in grouped.items())
-    return table("patches of other packages", ("by", "how", "what"), rows, is_text=True)
+    console.print(table("versions", ("", "version", "needed", ""), rows, is_text=True))
+    line(f"Python {report['python']} on {report['platform']}")
+    line(f"Distributed backends: {', '.join(report['backends']) or 'unknown'}.")
+    value = report["variable"]
+    setting = f"{config.VARIABLE} is not set" if value is None else f"{config.VARIABLE}={value}"
+    line(f"{setting}: {MEANING[report['mode']]}.")
+    rows = []
+    for name, target in report["targets"].items():
+        style = "red" if target["reason"] else ""
+        rows.append([name, Text(target["state"], style), target["reason"]])
+    if rows:
+        console.print(table("", ("family or loop", "state", "why"), rows, is_text=True))
+    ranks, model = report["ranks"] or [], report["model"]
+    if model and model["supported"]:
+        line("The model {name} is supported: {family}; head: {head}.".format_map(model))
+        saved = examine.saved_downloads(model["name"], len(ranks)) if ranks else ""
+        line(f"{downloads.VARIABLE} is {report['download'] or 'not set (all)'}. {saved}")
+    if ranks and not report["differences"]:
+        line(f"{len(ranks)} ranks agree.")
+    if links := report["links"]:
+        rows = [
+            ["{} - {}".format(*link.pop("between")), *(f"{number:.2f}" for number in link.values())]
+            for link in links["links"]
+        ]
+        columns = ["ranks", "latency", "highest", "there", "back"]
+        console.print(table("links: ms one way, and MB/s each way", columns, rows))
+        step = "A step takes {step_ms:.2f} ms on the links alone, at most {highest_step_ms:.2f}."
+        line(step.format_map(links))
+    for kind, style in (("warning", "yellow"), ("problem", "red")):
+        for text in report[f"{kind}s"]:
+            line(f"{kind.capitalize()}: {text}", style=style)
+    if not report["problems"] and not report["warnings"]:
+        console.print("No problem was found.", style="green")

@@ -9,55 +9,41 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from ..families import Family
-from ..weights import fetching
 from .arguments import Unusable
-from .ranks import WAYS
-from .tables import table
+from .models import Split
+
+VARIABLE = "MLX_LM_SKIPHEAD_DOWNLOAD"
+CHOICES = ("all", "needed")
+"""Values of the variable: the files that unpatched mlx-lm fetches (also if it is not set), or those
+of them that the rank uses."""
 
 Downloads = dict[str, dict[str, int]]
-"""By way, "unpatched" or "skip": the bytes of each file of weights that a rank fetches."""
+"""By choice, the bytes of each file of weights that a rank fetches."""
 
 
-def of_rank(folder: Path, model: Any, family: Family) -> Downloads:
-    """What a rank fetches of the checkpoint in `folder`. `model` is split as the rank has it."""
-    from ..weights.on_disk import part
+def of_rank(folder: Path, split: Split) -> Downloads:
+    """What a rank fetches of the checkpoint in `folder`, which is split as the rank has it."""
+    from . import core
 
-    owner = family.owner_of(model)
-    mine = part(family, owner, family.stage_of(owner))
-    weight_map = fetching.weight_map(folder)
-    unpatched = fetching.unpatched(mine.layers, weight_map)
-    ways = {"unpatched": unpatched, "skip": mine.needed(unpatched, weight_map)}
+    mine, weight_map = core.part(split.family, split.owner, split.stage), core.weight_map(folder)
+    every = core.unpatched(mine.layers, weight_map)
     return {
-        way: {file: os.path.getsize(folder / file) for file in sorted(files)}
-        for way, files in ways.items()
+        choice: {file: os.path.getsize(folder / file) for file in sorted(files)}
+        for choice, files in zip(CHOICES, (every, mine.needed(every, weight_map)), strict=True)
     }
 
 
-def total(ranks: Sequence[Downloads], way: str) -> int:
+def total(ranks: Sequence[Downloads], choice: str) -> int:
     """The bytes that all ranks fetch together."""
-    return sum(sum(rank[way].values()) for rank in ranks)
-
-
-def report(ranks: Sequence[Downloads]) -> Table:
-    """The table of what each rank fetches."""
-    rows = []
-    for rank, files in enumerate(ranks):
-        left = files["unpatched"].keys() - files["skip"].keys()
-        sizes = (f"{sum(files[way].values()) / 1e6:,.1f}" for way in WAYS)
-        rows.append([str(rank), *sizes, ", ".join(sorted(left)) or "-"])
-    title = "MB of weights to download, on a machine that has none"
-    return table(title, ("rank", "unpatched", "plugin", "not needed"), rows)
+    return sum(sum(rank[choice].values()) for rank in ranks)
 
 
 def summary(ranks: Sequence[Downloads]) -> str:
     """The sum over all ranks, in a sentence."""
-    before, after = (total(ranks, way) / 1e6 for way in WAYS)
+    before, after = (total(ranks, choice) / 1e6 for choice in CHOICES)
     return (
-        f"To download from a hub, over all ranks: {after:,.1f} MB of weights with the plugin, "
-        f"{before:,.1f} MB unpatched, {before - after:,.1f} MB less."
+        f"From a hub, {VARIABLE}=needed downloads {after:,.1f} MB of weights over all ranks, in "
+        f"place of {before:,.1f} MB: {before - after:,.1f} MB less."
     )
 
 
@@ -75,8 +61,7 @@ def fetch_headers(repo: str, folder: Path) -> None:
     api = HfApi()
     try:
         snapshot_download(repo, local_dir=folder, allow_patterns=["*.json"])
-        siblings = api.model_info(repo, files_metadata=True).siblings or []
-        for sibling in siblings:
+        for sibling in api.model_info(repo, files_metadata=True).siblings or []:
             if not fnmatch(sibling.rfilename, "model*.safetensors"):
                 continue
             found = api.parse_safetensors_file_metadata(repo, sibling.rfilename)

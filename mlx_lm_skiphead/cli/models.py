@@ -4,42 +4,53 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from ..families import Family
+from ..families import BY_NAME, Family
 from .arguments import Unusable
 
 
-def find(path_or_repo: str) -> Path | None:
-    """A local folder, or the cached copy of a hub repository; None if there is neither."""
-    folder = Path(path_or_repo).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        # Weights need not be there: mlx-lm fetches some files only, and each rank some of these.
-        found = snapshot_download(path_or_repo, local_files_only=True, allow_patterns="*.json")
-    except (OSError, ValueError):  # it is not there, or no name of a repository
-        return None
-    return Path(found)
-
-
 def locate(path_or_repo: str) -> Path:
-    """The folder of a model, as `find`.
+    """The folder of a model: a local one, or the cached copy of a hub repository.
 
     Raises:
-        Unusable: if there is none. Nothing is fetched.
+        Unusable: if there is neither. Nothing is fetched.
     """
-    folder = find(path_or_repo)
-    if folder is None:
-        raise Unusable(
-            f"there is no folder {path_or_repo}, and no copy of such a hub repository here "
-            "(plan --fetch-headers looks at the hub)"
-        )
+    folder = Path(path_or_repo).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            # Weights need not be there: mlx-lm fetches some files, and each rank some of these.
+            copy = snapshot_download(path_or_repo, local_files_only=True, allow_patterns="*.json")
+        except (OSError, ValueError) as error:  # it is not there, or no name of a repository
+            raise Unusable(
+                f"there is no folder {path_or_repo}, and no copy of such a hub repository here "
+                "(plan --fetch-headers looks at the hub)"
+            ) from error
+        folder = Path(copy)
     if not (folder / "config.json").is_file():
         raise Unusable(f"there is no model in {folder}: it has no config.json")
     return folder
+
+
+def rows_of(model: type) -> list[Family]:
+    """The rows of the table for a class `Model` of mlx-lm, and for those that it inherits from."""
+    modules = (cls.__module__.rpartition(".")[2] for cls in model.__mro__)
+    return [BY_NAME[module] for module in modules if module in BY_NAME]
+
+
+def family_of(model: Any) -> Family:
+    """The family of a loaded model, from where its class was defined.
+
+    Raises:
+        ValueError: if mlx-lm-skiphead does not support it.
+    """
+    for family in rows_of(type(model)):
+        if not family.is_alias:
+            return family
+    raise ValueError(f"mlx-lm-skiphead does not support {type(model).__module__}")
 
 
 class Split(NamedTuple):
@@ -48,6 +59,14 @@ class Split(NamedTuple):
     model: Any
     family: Family
     config: dict[str, Any]
+
+    @property
+    def owner(self) -> Any:
+        return self.family.owner_of(self.model)
+
+    @property
+    def stage(self) -> Any:
+        return self.family.stage_of(self.owner)
 
 
 def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) -> Split:
@@ -65,7 +84,6 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
     import mlx_lm.utils
 
     from .. import uninstall
-    from .measure import family_of
 
     uninstall()  # so that this is mlx-lm's own split
     index = folder / "model.safetensors.index.json"
@@ -88,26 +106,9 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
     count = len(stage.layers)
     if ranks > count:
         raise Unusable(f"{ranks} ranks need {ranks} layers, and this model has {count}")
-    if layers is not None and (len(layers), sum(layers)) != (ranks, count):
-        raise Unusable(
-            f"the split {','.join(map(str, layers))} is of {sum(layers)} layers over "
-            f"{len(layers)} ranks, the model has {count} and the ranks are {ranks}"
-        )
     try:
-        stage.pipeline(_Place(rank, ranks), *([] if layers is None else [layers]))
+        group = SimpleNamespace(rank=lambda: rank, size=lambda: ranks)
+        stage.pipeline(group, *([] if layers is None else [layers]))
     except (TypeError, ValueError) as error:
         raise Unusable(f"mlx-lm cannot split {family.name} so: {error}") from error
     return Split(model, family, config)
-
-
-class _Place(NamedTuple):
-    """What `pipeline` asks of a group."""
-
-    number: int
-    ranks: int
-
-    def rank(self) -> int:
-        return self.number
-
-    def size(self) -> int:
-        return self.ranks

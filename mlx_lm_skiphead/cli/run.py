@@ -1,7 +1,11 @@
-"""``mlx-lm-skiphead run MODULE [ARGS...]``: runs ``python -m MODULE`` with the plugin on.
+"""``mlx-lm-skiphead run PROGRAM [ARGS...]``: runs a program as Python does, with the plugin on.
 
-For modules to which no import can be added, such as ``mlx_lm.server``. The module runs in this
-process: exit code, output and signals are its own.
+For programs to which no import can be added, such as mlx_lm.server: a module, or a script (a path).
+It runs in this process: exit code, output and signals are its own. Each Python that it starts is
+switched on too. MLX_LM_SKIPHEAD=hidden and MLX_LM_SKIPHEAD=0 have their usual effect.
+
+Example: mlx.launch -n 2 --backend ring -- python -m mlx_lm_skiphead run mlx_lm.server --model PATH
+--pipeline
 """
 
 from __future__ import annotations
@@ -9,80 +13,102 @@ from __future__ import annotations
 import argparse
 import os
 import runpy
+import signal
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..config import VARIABLE, requested_mode
+from .arguments import Unusable, new_command
+
+CHILDREN = str(Path(__file__).with_name("children"))
+"""The folder of the ``sitecustomize`` of child processes."""
 
 
 def add_command(commands: Any) -> None:
     """Add ``run`` to the parser's subcommands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "run",
-        help="run a module or a script with the plugin on",
-        description="Runs a module (mlx_lm.server) or a script (a path that ends in .py) as python "
-        f"does, with the plugin on. {VARIABLE}=hidden and {VARIABLE}=0 have their usual effect.",
-        epilog="example: mlx.launch -n 2 --backend ring -- python -m mlx_lm_skiphead "
-        "run mlx_lm.server --model PATH --pipeline",
-    )
-    parser.add_argument("module", metavar="MODULE", help="a module's name or a script's path")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
-    parser.set_defaults(run=run)
+    summary = "run a module or a script with the plugin on"
+    option = new_command(commands, run, __doc__, summary).add_argument
+    option("-m", dest="is_module", action="store_true", help="PROGRAM is a module, as for python")
+    option("program", metavar="PROGRAM", help="a module's name or a script's path")
+    option("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the module.
+    """Run the program.
 
     Returns:
-        The exit code: the module's own; 2 if there is no such module or script.
-    """
-    from .. import install
+        The exit code: the program's own.
 
+    Raises:
+        Unusable: if there is no such module or script.
+    """
     if VARIABLE in os.environ and requested_mode() == "off":
         print(f"{VARIABLE} is set to off, so mlx-lm-skiphead stays off", file=sys.stderr)
     else:
-        os.environ.setdefault(VARIABLE, "1")  # also for processes that the module starts
-        install(requested_mode())
-    name = arguments.module
+        _switch_on()
+    name = arguments.program
+    is_script = not arguments.is_module and (name.endswith(".py") or os.sep in name)
     sys.argv = [name, *arguments.arguments]
-    is_script = name.endswith(".py")
     sys.path[0] = str(Path(name).resolve().parent) if is_script else os.getcwd()
-    if not (Path(name).is_file() if is_script else _exists(name)):
-        kind = "file" if is_script else "module"
-        print(f"mlx-lm-skiphead run: there is no {kind} {name}", file=sys.stderr)
-        return 2
-    with _error_ends_all_ranks():
-        if is_script:
-            runpy.run_path(name, run_name="__main__")
-        else:
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
+    if not (Path(name).exists() if is_script else _exists(name)):
+        raise Unusable(f"there is no {'file' if is_script else 'module'} {name}")
+    if is_script:
+        runpy.run_path(name, run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
     return 0
 
 
-@contextmanager
-def _error_ends_all_ranks() -> Iterator[None]:
-    """Over MPI, exit at once after an error, so that mpirun ends the other ranks.
+def _switch_on() -> None:
+    """Switch the plugin on in this process and in each Python below it, and let errors end all."""
+    from .. import install
+
+    os.environ.setdefault(VARIABLE, "1")
+    others = [path for path in _python_path() if path != CHILDREN]
+    os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *others])
+    install(requested_mode())
+    threading.excepthook = _on_error_in_thread
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        sys.excepthook = _on_error_over_mpi
+
+
+def _on_error_over_mpi(*error: Any) -> None:
+    """A `sys.excepthook`: exit at once, so that mpirun ends the other ranks.
 
     Otherwise the process waits in MPI_Finalize for the other ranks, and they wait for it.
     """
-    try:
-        yield
-    except Exception:
-        if "OMPI_COMM_WORLD_RANK" not in os.environ:
-            raise
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+    sys.__excepthook__(*error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _on_error_in_thread(failed: threading.ExceptHookArgs) -> None:
+    """A `threading.excepthook`: ranks that do not agree end, and do not wait for this thread."""
+    from .. import SkipheadError
+
+    threading.__excepthook__(failed)
+    if isinstance(failed.exc_value, SkipheadError):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def in_the_way() -> str:
+    """The file of another ``sitecustomize`` that comes before that of `run`, or ""."""
+    found = PathFinder.find_spec("sitecustomize", _python_path())
+    if CHILDREN not in _python_path() or found is None or found.origin is None:
+        return ""
+    return "" if Path(found.origin).parent == Path(CHILDREN) else found.origin
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _exists(module: str) -> bool:
-    from importlib.util import find_spec
-
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:

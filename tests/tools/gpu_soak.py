@@ -1,4 +1,4 @@
-"""``python tests/gpu_soak.py --head NAME --way both --steps 20000``: a long run under watch.
+"""``python tests/tools/gpu_soak.py --head NAME --way both --steps 20000``: a long run under watch.
 
 Two ranks or more decode without end, unpatched, with the plugin, or both in turn, in stretches of
 `STRETCH` tokens. At all times it is known which way runs, and at which step each rank is: that is

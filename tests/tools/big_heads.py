@@ -1,4 +1,4 @@
-"""``python tests/big_heads.py NAME FOLDER``: a model of few layers and a head of a large model.
+"""``python tests/tools/big_heads.py NAME FOLDER``: few layers, and the head of a large model.
 
 Its weights are random, and its text noise; for `mlx-lm-skiphead bench`. NAME is one of `MODELS`.
 """
@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import tiny_checkpoint
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import qwen2
 from mlx_lm.utils import quantize_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the tests share
+
+import tiny_checkpoint
 
 
 class Shape(NamedTuple):
@@ -74,7 +77,5 @@ def _random(key: str, old: mx.array, dtype: mx.Dtype) -> mx.array:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in MODELS:
-        sys.exit(
-            f"usage: python tests/big_heads.py NAME FOLDER; NAME is one of {', '.join(MODELS)}"
-        )
+        sys.exit(f"usage: big_heads.py NAME FOLDER; NAME is one of {', '.join(MODELS)}")
     write(sys.argv[1], Path(sys.argv[2]))

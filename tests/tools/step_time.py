@@ -1,4 +1,4 @@
-"""``python tests/step_time.py``: what the plugin's own Python takes per decode step.
+"""``python tests/tools/step_time.py``: what the plugin's own Python takes per decode step.
 
 mlx-lm's loops run with a model that only hands out arrays that it has, in one process that plays a
 rank of two. What a step takes is measured without py-spy, which stops a process to look at it; then
@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tiny_models
 
 FAMILY = "deepseek_v3"
 STEPS, SECONDS, BATCH = 500, 10, 8

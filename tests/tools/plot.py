@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"unpatched": "#8a8f98", "skip": "#0f6cbd"}
+COLOURS = {"unpatched": "#8a8f98", "plugin": "#0f6cbd"}
 
 
 def draw(told: dict[str, Any], file: Path) -> None:
@@ -29,7 +29,7 @@ def draw(told: dict[str, Any], file: Path) -> None:
         medians = [spread["median"] for spread in spreads]
         times.bar(places, medians, 0.38, label=way, color=colour)
         _draw_ranges(times, places, medians, spreads, color="black", elinewidth=1, capsize=3)
-        if all(case["planned"] for case in cases):
+        if all(case.get("planned") for case in cases):
             planned = [case["planned"][way] for case in cases]
             label = "planned" if shift > 0 else None
             times.scatter(places, planned, s=22, marker="D", color="black", zorder=3, label=label)
@@ -40,12 +40,12 @@ def draw(told: dict[str, Any], file: Path) -> None:
     medians = [case["ratio"]["median"] for case in cases]
     between = [case["ratio"]["interval"] for case in cases]
     ratios.axhline(1, color=COLOURS["unpatched"], linewidth=1)
-    _draw_ranges(ratios, range(len(cases)), medians, between, color=COLOURS["skip"], fmt="o")
+    _draw_ranges(ratios, range(len(cases)), medians, between, color=COLOURS["plugin"], fmt="o")
     for place, median in enumerate(medians):
         offset = {"textcoords": "offset points", "xytext": (9, -3)}
         ratios.annotate(f"{median:.2f}", (place, median), **offset)
     confidence = min(each["confidence"] for each in between)
-    ratios.set_title(f"skip / unpatched, {100 * confidence:.0f} % confidence", fontsize=10)
+    ratios.set_title(f"plugin / unpatched, {100 * confidence:.0f} % confidence", fontsize=10)
     ratios.set_xlim(-0.5, len(cases) - 0.4)
     for axes in (times, ratios):
         names = [f"batch {case['batch']}\nprompt {case['prompt']}" for case in cases]

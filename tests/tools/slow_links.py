@@ -1,9 +1,9 @@
-"""``python tests/slow_links.py [N ...]``: how many latencies of a link a token takes.
-``python tests/slow_links.py FOLDER`` writes a model for `mlx-lm-skiphead bench --link-rate`.
+"""``python tests/tools/slow_links.py [N ...]``: how many latencies of a link a token takes.
+``python tests/tools/slow_links.py FOLDER`` writes a model for `tests/tools/bench.py --link-rate`.
 
 Each link of a ring of ranks is delayed, by one time and by another: the slope of milliseconds over
 delay is the number of latencies, whatever the machine computes besides. Single and batched decode
-by the command `bench`, and the server; without the plugin and with it.
+by `tools/bench.py`, and the server; without the plugin and with it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
+from mlx_lm_skiphead.cli.ranks import WAYS, Ranks, free_ports
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the tests share
+
 import tiny_checkpoint
 import warm
 
-from mlx_lm_skiphead.cli.ranks import WAYS, Ranks, free_ports
-
+TOOLS = Path(__file__).parent
 DELAYS = (20, 60)  # ms
 BATCHES = (1, 4)
 WIDE: dict[str, Any] = {
@@ -57,7 +60,7 @@ def decoding(model: Path, count: int, tokens: int = 32, rounds: int = 3) -> Slop
     for delay in DELAYS:
         done = subprocess.run(
             [
-                *(warm.python(), "-m", "mlx_lm_skiphead", "bench", str(model), "-n", str(count)),
+                *(warm.python(), str(TOOLS / "bench.py"), str(model), "-n", str(count)),
                 *("--batch", ",".join(map(str, BATCHES)), "--tokens", str(tokens)),
                 *("--rounds", str(rounds), "--link-delay", str(delay), "--json"),
             ],
@@ -86,18 +89,19 @@ def serving(
     whole: dict[str, dict[int, float]] = {way: {} for way in ways}
     for delay in DELAYS:
         for way in ways:
-            port = free_ports(1)[0]
+            port = free_ports(1)
             options = ["--model", str(model), "--pipeline", "--port", str(port)]
-            module = ["mlx_lm_skiphead", "run"] if way == "skip" else []
+            module = ["mlx_lm_skiphead", "run"] if way == "plugin" else []
             command = [warm.python(), "-m", *module, "mlx_lm.server", *options]
-            with Ranks(count, command, link_delay=delay) as ranks:
+            launch = [sys.executable, str(TOOLS / "simulated_links.py"), "-n", str(count)]
+            with Ranks(count, [*launch, "--delay", str(delay), *command]) as ranks:
                 _wait_for(port)
                 try:
                     times = [_ask(port, tokens) for _ in range(requests + 1)][1:]
                 except OSError as error:
-                    said = [f"rank {rank}: {ranks.errors(rank)}" for rank in range(count)]
                     answer = error.read().decode() if isinstance(error, HTTPError) else ""
-                    raise AssertionError("\n".join([way, f"{error}", answer, *said])) from error
+                    said = [way, f"{error}", answer, *ranks._printed]
+                    raise AssertionError("\n".join(said)) from error
             each[way][delay] = statistics.median(t[0] for t in times)
             whole[way][delay] = statistics.median(t[1] for t in times)
     return {

@@ -1,8 +1,8 @@
-"""The table of families, as README.md shows it: ``python -m mlx_lm_skiphead.cli.families``."""
+"""The table of families, as README.md shows it: ``python tests/tools/families.py``."""
 
 from __future__ import annotations
 
-from ..families import FAMILIES
+from mlx_lm_skiphead.families import FAMILIES
 
 
 def markdown() -> str:

@@ -1,0 +1,242 @@
+"""``python tests/tools/bench.py MODEL -n 2 ...``: the command `bench`, with instruments of ours.
+
+It takes all options of `mlx-lm-skiphead bench`, and these: links that are slow (`simulated_links`),
+workers that run a head several times as slower machines would, cores of each rank, a picture
+(`plot`), unpatched against itself, and `plan`'s formula beside what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mlx_lm_skiphead.cli import bench, rank, ranks
+from mlx_lm_skiphead.cli.formula import Link, token
+from mlx_lm_skiphead.cli.ranks import WAYS, Ranks
+from mlx_lm_skiphead.cli.tables import table
+
+LINKS = Path(__file__).with_name("simulated_links.py")
+
+
+def main() -> int:
+    commands = argparse.ArgumentParser(prog="tests/tools/bench.py").add_subparsers()
+    bench.add_command(commands)
+    parser = commands.choices["bench"]
+    option = parser.add_argument_group("instruments").add_argument
+    option("--link-delay", type=float, default=0, metavar="MS", help="added to each message")
+    option("--link-rate", type=float, default=0, metavar="MBIT", help="Mbit/s that each rank sends")
+    option("--head-passes", type=int, default=1, metavar="K", help="workers run a head K times")
+    option("--cores", type=_by_rank, metavar="C;C;...", help="of each rank, as in '0,1;2,3'")
+    option("--control", action="store_true", help="unpatched a second time in place of the plugin")
+    option("--plan", action="store_true", help="measure links and each rank alone, and predict")
+    option("--plot", type=Path, metavar="FILE.png", help="draw the result (needs matplotlib)")
+    arguments = parser.parse_args()
+    arguments.command = "bench"
+    bench.start = lambda *given: start(arguments, *given)
+    told, code = bench.measure(arguments)
+    cases = [case for case in told["cases"] if case["ratio"]]
+    if arguments.plan and all(told["memory"]):
+        predict(told)
+    if arguments.json:
+        print(json.dumps(told, default=str))
+    else:
+        console = Console(highlight=False)
+        bench.report(console, told)
+        if arguments.plan and cases:
+            report_plan(console, told, cases)
+    if arguments.plot and cases:
+        from plot import draw
+
+        draw(told, arguments.plot)
+    return code
+
+
+def _by_rank(text: str) -> list[list[int]]:
+    return [[int(core) for core in part.split(",")] for part in text.split(";")]
+
+
+def start(arguments: argparse.Namespace, task: dict[str, Any], count: int, *where: Any) -> Ranks:
+    """In the place of `ranks.start`: the same ranks, with our instruments."""
+    names = ("cores", "head_passes", "control", "plan")
+    task = {**task, **{name: getattr(arguments, name) for name in names}}
+    ranks.rank_command = _rank_command
+    if not (arguments.link_delay or arguments.link_rate):
+        return ranks.start(task, count, *where)
+    links = ["--delay", str(arguments.link_delay), "--rate", str(arguments.link_rate)]
+    command = _rank_command({**task, "ends_with": os.getpid()})
+    return Ranks(count, [sys.executable, str(LINKS), "-n", str(count), *links, *command])
+
+
+def _rank_command(task: dict[str, Any]) -> list[str]:
+    text = base64.b64encode(json.dumps(task).encode()).decode()
+    return [sys.executable, __file__, "rank", text]
+
+
+def predict(told: dict[str, Any]) -> None:
+    """Put what the formula gives into ``planned`` of each case, by way, in ms."""
+    results = told["memory"]
+    latency, rate = results[0]["link"]
+    for number, case in enumerate(told["cases"]):
+        times = [result["times"][number] for result in results]
+        link = Link(rate or math.inf, latency)
+        row = results[0]["row"]
+        case["planned"] = {way: token(times, row, link, case["batch"], way).ms for way in WAYS}
+
+
+def report_plan(console: Console, told: dict[str, Any], cases: list[dict[str, Any]]) -> None:
+    latency, rate = told["memory"][0]["link"]
+    rows = []
+    for case in cases:
+        planned = case["planned"]
+        ratio = f"{planned['plugin'] / planned['unpatched']:.2f}"
+        times = [f"{planned[way]:.1f}" for way in WAYS]
+        rows.append([str(case["batch"]), str(case["prompt"]), *times, ratio])
+    columns = ("batch", "prompt", *WAYS, "plugin / unpatched")
+    console.print(table("planned ms per token", columns, rows))
+    links = f"{1000 * rate:.4g} Mbit/s and {latency:.2f} ms" if rate else f"{latency:.2f} ms"
+    console.print(f"From the layers and the head of each rank alone, and links of {links}.")
+
+
+# What follows runs in a rank.
+
+
+def run_rank() -> None:
+    task = json.loads(base64.b64decode(sys.argv[1]))
+    number = ranks.launched_rank() or 0
+    if task["cores"]:
+        try:
+            os.sched_setaffinity(0, task["cores"][number])
+        except OSError as error:
+            return rank.say(error=str(error))
+    from mlx_lm_skiphead.cli import measure
+
+    class Instrumented(measure.Measurement):
+        def run(self) -> dict[str, Any]:
+            slower = number > 0 and task["head_passes"] > 1
+            with _slower_heads(self.model, task["head_passes"]) if slower else nullcontext():
+                result = super().run()
+                return {**result, **measure_alone(self)} if task["plan"] else result
+
+    if task["control"]:
+        install, calls = measure.install, []
+
+        def only_first() -> None:  # which is before loading; the others begin a round
+            calls.append(1)
+            install() if len(calls) == 1 else measure.uninstall()
+
+        measure.install = only_first
+    measure.Measurement = Instrumented
+    rank.main()
+
+
+def _slower_heads(model: Any, passes: int) -> Any:
+    import mlx.core as mx
+
+    from mlx_lm_skiphead.cli.measure import around_head
+
+    def repeated(run_head: Callable[[], Any]) -> Any:
+        logits = run_head()
+        for _ in range(passes - 1):
+            logits = mx.depends(run_head(), logits)
+        return logits
+
+    return around_head(model, repeated)
+
+
+def measure_alone(measured: Any) -> dict[str, Any]:
+    """What the formula needs.
+
+    Returns:
+        ``row``: the bytes of a token's hidden states. ``link``: the mean latency in ms, and the
+        rate of the slowest link in Gbit/s or None. ``times``: for each case the ms of this rank's
+        layers and of its head.
+    """
+    import mlx.core as mx
+
+    from mlx_lm_skiphead.cli import links
+
+    measured.say(step="links and ranks alone")
+    with links.Patience(measured.group.rank()) as patience, mx.stream(mx.cpu):
+        found = links.each_link(measured.group, patience)
+    rates = [max(link["there_mb_s"], link["back_mb_s"]) * 8e-3 for link in found]
+    latency = statistics.mean([link["latency_ms"] for link in found] or [0.0])
+    times = [_alone(measured, case) for case in measured.task["cases"]]
+    split = measured.split
+    embedding = getattr(split.stage, split.family.embedding)
+    row = embedding(mx.zeros((1, 1), mx.int32)).nbytes
+    return {"row": row, "link": [latency, min(rates, default=None)], "times": times}
+
+
+def _alone(measured: Any, case: list[int]) -> tuple[float, float]:
+    """The ms of this rank's layers and of its head for a token, while no other rank works."""
+    stage, took = measured.split.stage, (0.0, 0.0)
+    place = stage.pipeline_rank, stage.pipeline_size
+    for number in range(place[1]):
+        measured._meet()
+        if number == place[0]:
+            stage.pipeline_rank, stage.pipeline_size = 0, 1  # its own layers, nothing sent
+            try:
+                took = _layers_and_head(measured, *case)
+            finally:
+                stage.pipeline_rank, stage.pipeline_size = place
+    return took
+
+
+def _layers_and_head(measured: Any, batch: int, length: int) -> tuple[float, float]:
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from mlx_lm_skiphead.cli.measure import around_head
+
+    owner, cache = measured.split.owner, make_prompt_cache(measured.model)
+    prompts = mx.arange(batch * length).reshape(batch, length) % measured.vocabulary
+    heads: list[Callable[[], Any]] = []
+
+    def keep(run_head: Callable[[], Any]) -> Any:
+        heads.append(run_head)
+        return run_head()
+
+    _sample(owner(prompts, cache=cache))
+    with around_head(measured.model, keep):
+        _sample(owner(prompts[:, :1], cache=cache))
+    head = _median_ms(lambda: _sample(heads[0]()))
+    both = _median_ms(lambda: _sample(owner(prompts[:, :1], cache=cache)))
+    return max(0.0, both - head), head
+
+
+def _sample(logits: Any) -> None:
+    """As mlx-lm's loops do it."""
+    import mlx.core as mx
+
+    logits = logits[:, -1]
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(mx.argmax(logprobs, axis=-1), logprobs)
+
+
+def _median_ms(work: Callable[[], None], times: int = 5) -> float:
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        took.append(1000 * (time.perf_counter() - start))
+    return statistics.median(took)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["rank"]:
+        del sys.argv[1]
+        run_rank()
+    else:
+        sys.exit(main())
