@@ -124,7 +124,7 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
     def together(*more: list[Any]) -> list[Any]:
         return rng.choice([["second", rng.choice(second)], ["waits"], *more])
 
-    def sampler(strict: bool = True, forced: bool = True) -> list[Any]:
+    def sampler(strict: bool = True, forced: bool = True, own: bool = False) -> list[Any]:
         by_shape = ["shape", rng.choice([0, 3])]
         if "turns" in program:
             return rng.choice([["by turns"], by_shape, ["broadcast", "eager"], ["waits"]])
@@ -142,7 +142,7 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
                 # Elsewhere unpatched is wrong with ids that do not come from logits.
                 ["forced" if strict and forced else "by turns"],
                 ["by turns"],
-                by_shape,
+                *([] if own else [by_shape]),  # `share_tokens` wants one shape on all ranks
                 *([] if "together" in program else [raises()]),
             ]
         )
@@ -248,7 +248,7 @@ def _options(name: str, rng: random.Random, program: Program) -> Step:
         "own": lambda: {
             "prompts": [[rng.randrange(256), rng.choice([1, 7, 20])]] * rng.choice([1, 1, 3]),
             "n": rng.choice([1, 4, 8]),
-            **maybe(0.5, sampler=lambda: sampler(strict=False)),
+            **maybe(0.5, sampler=lambda: sampler(strict=False, own=True)),
             **maybe(0.4, how=lambda: rng.choice(["chunks", "guidance", "two blocks", "forgets"])),
             **slot,
             **other,
