@@ -518,7 +518,6 @@ class Session:
             options["prompt_cache"] = self.cache_of(cache, which, max_kv_size=size)
         if "turns" in self.program:
             options["prompt_cache"] = make_prompt_cache(model)
-            options["prompt_cache"] += [] if small is None else make_prompt_cache(small)
         if stream:
             tokenizer = self.lab.tokenizer
             steps = self.loops.stream_generate(model, tokenizer, ids, draft_model=small, **options)
