@@ -5,7 +5,8 @@ Two ranks or more decode without end, unpatched, with the plugin, or both in tur
 printed every few seconds. If a rank ends no step for a while, the stacks of all threads of every
 rank are printed, the ranks are killed, and the exit code is 1; so it is if the plugin gives tokens
 where unpatched always gives the same others. (On CUDA it need not: near-ties of random weights. How
-often each answer came is printed for both ways; all ranks must have the same.)
+often each answer came is printed for both ways; all ranks must have the same.) ``--sampler`` says
+how ids are taken from logits; ``own`` looks at the logits in Python, within each step.
 
 It relies on mlx-lm and on the public names of the plugin only; ``--way unpatched`` does not even
 import it. `watch` and `Progress` serve other programs of ranks too.
@@ -41,6 +42,7 @@ HEADS = {
     "4bit": "262144x3840-4bit",
 }
 WAYS = ("unpatched", "plugin")
+SAMPLERS = ("greedy", "temperature", "own")
 STRETCH = 500  # tokens of one generation
 STARTING = 240.0
 """Seconds that a rank may be at something that is no step: loading, compiling kernels."""
@@ -211,7 +213,23 @@ def load(model: str) -> tuple[Any, int]:
     return loaded, json.loads(Path(model, "config.json").read_text())["vocab_size"]
 
 
-def decode(model: Any, vocabulary: int, batch: int, tokens: int) -> Iterator[list[int]]:
+def eager_argmax(logprobs: Any) -> Any:
+    """A sampler that looks at each step's logprobs `(B, V)` as it is called; gives ids `(B,)`."""
+    import mlx.core as mx
+
+    return mx.array(mx.argmax(logprobs, axis=-1).tolist(), dtype=mx.uint32)
+
+
+def sampler_named(name: str) -> Any:
+    """One of `SAMPLERS`; None is mlx-lm's own default, which is greedy."""
+    from mlx_lm.sample_utils import make_sampler
+
+    return {"greedy": None, "temperature": make_sampler(0.8), "own": eager_argmax}[name]
+
+
+def decode(
+    model: Any, vocabulary: int, batch: int, tokens: int, sampler: Any
+) -> Iterator[list[int]]:
     """The ids of each step, one for each of a batch, through mlx-lm's own loops."""
     import importlib
 
@@ -219,13 +237,19 @@ def decode(model: Any, vocabulary: int, batch: int, tokens: int) -> Iterator[lis
 
     loops: Any = importlib.import_module("mlx_lm.generate")
     prompts = [[(31 * i + 7 * i * i + 11 * b) % vocabulary for i in range(8)] for b in range(batch)]
+    mx.random.seed(0)  # each stretch samples alike
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))  # all ranks begin at once
     if batch == 1:
-        for token, _ in loops.generate_step(mx.array(prompts[0]), model, max_tokens=tokens):
+        steps = loops.generate_step(mx.array(prompts[0]), model, max_tokens=tokens, sampler=sampler)
+        for token, _ in steps:
             yield [token]
     else:
         generator = loops.BatchGenerator(
-            model, completion_batch_size=batch, prefill_batch_size=batch, stop_tokens=[]
+            model,
+            completion_batch_size=batch,
+            prefill_batch_size=batch,
+            stop_tokens=[],
+            sampler=sampler,
         )
         uids = generator.insert(prompts, max_tokens=[tokens] * batch)
         while responses := generator.next_generated():
@@ -246,7 +270,7 @@ def choose(way: str) -> None:
         mlx_lm_skiphead.install(strict=True)
 
 
-def soak(model: str, ways: list[str], batches: list[int], steps: int) -> int:
+def soak(model: str, ways: list[str], batches: list[int], steps: int, sampling: str) -> int:
     """The rank: `steps` of each way with each size of a batch. 1 if tokens differ."""
     progress = Progress()
     both = len(ways) == 2
@@ -254,6 +278,7 @@ def soak(model: str, ways: list[str], batches: list[int], steps: int) -> int:
     if "plugin" in ways:
         choose("plugin")
     loaded, vocabulary = load(model)
+    sampler = sampler_named(sampling)
     times: dict[tuple[str, int], list[float]] = {
         key: [] for key in itertools.product(ways, batches)
     }
@@ -267,7 +292,7 @@ def soak(model: str, ways: list[str], batches: list[int], steps: int) -> int:
             where = f"{way}, batch {batch}"
             progress(where)
             ids, start = [], 0.0
-            for step, row in enumerate(decode(loaded, vocabulary, batch, length)):
+            for step, row in enumerate(decode(loaded, vocabulary, batch, length, sampler)):
                 ids.append(row)
                 if step > 1:  # kernels have been compiled
                     progress(where, done + step)
@@ -292,6 +317,7 @@ def main() -> int:
     parser.add_argument("--way", choices=(*WAYS, "both"), default="both")
     parser.add_argument("--steps", type=int, default=20_000, help="of each way, each batch size")
     parser.add_argument("--batch", default="1", metavar="B,...")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="greedy")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--gpus", metavar="G,...", help="CUDA device of each rank")
     parser.add_argument("--stall", type=float, default=20.0, metavar="SECONDS")
@@ -303,9 +329,13 @@ def main() -> int:
     ways = list(WAYS) if given.way == "both" else [given.way]
     model = model_folder(given.head, given.models)
     if STATE in os.environ:
-        return soak(str(model), ways, [int(b) for b in given.batch.split(",")], given.steps)
+        batches = [int(b) for b in given.batch.split(",")]
+        return soak(str(model), ways, batches, given.steps, given.sampler)
     gpus = None if given.gpus is None else given.gpus.split(",")
-    _say(f"{given.head}, {given.ranks} ranks: {given.steps} steps {given.way}, batch {given.batch}")
+    _say(
+        f"{given.head}, {given.ranks} ranks: {given.steps} steps {given.way}, "
+        f"batch {given.batch}, sampler {given.sampler}"
+    )
     code = watch([sys.executable, *sys.argv], given.ranks, gpus, given.stall, given.tell)
     _say("stood still, differed or failed" if code else "done: it never stood still")
     return code
