@@ -6,11 +6,6 @@
 
 It is upstream's loop that runs, each time, with its steps built inside a `Run`, and with samplers
 whose ids are rank 0's. Not touched: a loop that was imported by name before the plugin.
-
-Samplers and logits processors run on every rank, as upstream, so that what they keep, and
-`mx.random`, stay in step. What they raise on all ranks, each rank raises as upstream would; what
-only rank 0's raise, since they saw the values of logits, all ranks raise one token later, workers
-as a `RuntimeError`.
 """
 
 from __future__ import annotations
@@ -18,7 +13,7 @@ from __future__ import annotations
 import inspect
 import zlib
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,8 +25,9 @@ from ..patching import drift
 from ..patching.handles import Patch
 from ..patching.registry import this_thread
 from ..ranks import watch
+from . import programs
 from .head import BROADCAST
-from .sharing import Run, Sampling, has_begun, has_ended
+from .sharing import Run, has_begun, has_ended
 
 Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -61,27 +57,13 @@ def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -
     given, run = begin(wrapped, args, kwargs)
     if run is None:
         return wrapped(*args, **kwargs)
-    sampler = run.sampler(given["sampler"]) if given["sampler"] else greedy
+    sample = programs.sampler(run, given["sampler"]) if given["sampler"] else greedy
     changed = {
-        "sampler": lambda logprobs: run.share(sampler(logprobs)),
-        "logits_processors": Processors(run, given["logits_processors"]),
-        "prompt_progress_callback": run.callback(given["prompt_progress_callback"]),
+        "sampler": lambda logprobs: run.share(sample(logprobs)),
+        "logits_processors": programs.Processors(run, given["logits_processors"]),
+        "prompt_progress_callback": programs.callback(run, given["prompt_progress_callback"]),
     }
     return steps(run, wrapped, given | changed, (args, kwargs), in_flight=1)
-
-
-class Processors:
-    """The program's logits processors, guarded. As upstream, they may change between two steps."""
-
-    def __init__(self, run: Run, processors: Any) -> None:
-        self._run = run
-        self._processors = () if processors is None else processors
-
-    def __len__(self) -> int:
-        return len(self._processors)
-
-    def __iter__(self) -> Iterator[Sampling]:
-        return map(self._run.processor, self._processors)
 
 
 def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -119,12 +101,12 @@ def _guards(batch: Any, run: Run) -> dict[str, Any]:
     """For a step: attributes of `batch` in which samplers and processors fail on all ranks."""
     own = [*(batch.samplers or ()), batch.fallback_sampler]
     # By id: upstream asks whether all are the same one.
-    samplers = {id(sampler): sampler and run.sampler(sampler) for sampler in own}
+    samplers = {id(sample): sample and programs.sampler(run, sample) for sample in own}
     return {
-        "samplers": [samplers[id(sampler)] for sampler in batch.samplers or ()],
+        "samplers": [samplers[id(sample)] for sample in batch.samplers or ()],
         "fallback_sampler": samplers[id(batch.fallback_sampler)],
         "logits_processors": [
-            [run.processor(p) for p in processors or ()] for processors in batch.logits_processors
+            list(programs.Processors(run, processors)) for processors in batch.logits_processors
         ],
     }
 

@@ -30,22 +30,17 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import mlx.core as mx
 
-from ..patching.handles import written_in
 from ..patching.registry import during
 from ..ranks import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
-
-Sampling = Callable[..., mx.array]
-"""A sampler, which gives ids ``(B,)`` of logprobs ``(B, V)``, or a logits processor, which gives
-logits ``(1, V)`` of the ids so far and logits."""
 
 FINE, FAILED = 0x534B4950, 0x46410000
 """The word of a rank in a share: `FINE`; or, where a sampler or a logits processor has raised in
@@ -179,7 +174,7 @@ class Run:
         if self.stage is not None:
             self.step.hidden.clear()  # of the prompt, which needs no share
             if not self.step.errors:
-                self.step.key = _random_key()
+                self.step.key = random_key()
         self.step.hidden.append(hidden)
         self.step.gather, self.skips = (gather, options), True
         if self.stage is None:
@@ -286,7 +281,7 @@ class Run:
         """The ids of `step` are shared, and further ones of its forward pass are to be sampled."""
         assert self.last is not None
         self.step = Step([self.last], step.gather, step.vocabulary, is_programs=True)
-        self.step.key = _random_key()
+        self.step.key = random_key()
 
     def check(self, in_flight: int) -> None:
         """Raise on all ranks if rank 0 has failed, before its ids are given out.
@@ -294,7 +289,7 @@ class Run:
         Args:
             in_flight: how many of the last shares are not to be waited for.
         """
-        if not self.is_worker and not any(step.errors for step in self._steps_in_flight()):
+        if not self.is_worker and not self.has_errors():
             in_flight += 2  # rank 0 has nothing to wait for: what it looks at is there by then
         while len(self.shares) > in_flight:
             share = self.shares.popleft()
@@ -325,68 +320,9 @@ class Run:
         self.has_failed = True
         raise error or next(iter(step.errors.values()), None) or RuntimeError(FAILED_ON_RANK_0)
 
-    def sampler(self, sampler: Sampling) -> Sampling:
-        """`sampler`, whose failure waits for the share."""
-        return self._guarded(sampler, lambda logprobs: mx.zeros(logprobs.shape[:1], mx.uint32))
-
-    def processor(self, processor: Sampling) -> Sampling:
-        """`processor`, whose failure waits for the share."""
-        return self._guarded(processor, lambda tokens, logits: logits)
-
-    def _guarded(self, function: Sampling, otherwise: Sampling) -> Sampling:
-        """`function`, as upstream would call it: a model that it calls is not a step of this run.
-
-        Where it raises, the step goes on with the result of `otherwise`. The other ranks must not
-        wait for a share that never comes: a step is always shared. Only Ctrl-C at this rank ends it
-        at once.
-        """
-        is_programs = not written_in(function).startswith("mlx_lm.")
-
-        def call(*args: mx.array) -> mx.array:
-            if not self.skips:
-                return function(*args)
-            # Rank 0 calls nothing after a failure, as upstream. A worker does: its failure may be
-            # its own (it looked at NaN), and a function that counts its calls must count them.
-            if not self.is_worker and any(step.errors for step in self._steps_in_flight()):
-                return otherwise(*args)
-            if is_programs:
-                self.begin()
-            self.step.calls += 1
-            self.step.is_programs |= is_programs
-            try:
-                with self._calls("a sampler or a logits processor"):
-                    return function(*args)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                if not self.step.errors:
-                    self.step.key = _random_key()
-                self.step.errors[self.step.calls] = error
-                return otherwise(*args)
-
-        return call
-
-    def _steps_in_flight(self) -> Iterator[Step]:
-        yield self.step
-        yield from (share.step for share in self.shares)
-
-    def callback(self, callback: Callable[..., None] | None) -> Callable[..., None] | None:
-        """A user's callback in a loop: a model that it calls is not a step of the loop."""
-
-        def call(*args: Any) -> None:
-            with self._calls("a callback"):
-                callback and callback(*args)
-
-        return callback and call
-
-    @contextmanager
-    def _calls(self, what: str) -> Iterator[None]:
-        before, self.calling = self.calling, f"{what} of the program"
-        try:
-            with during(run=None):
-                yield
-        finally:
-            self.calling = before
+    def has_errors(self) -> bool:
+        """Whether a function of the program's has failed here, and no rank has left for it yet."""
+        return bool(self.step.errors) or any(share.step.errors for share in self.shares)
 
     def finish(self, stream: Any) -> None:
         """Wait for the last step, so that no rank leaves while another is still sending.
@@ -465,6 +401,7 @@ def _waits_by_spinning() -> bool:
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
-def _random_key() -> Any:
+def random_key() -> mx.array:
+    """The key that `mx.random` draws from next."""
     state: Any = mx.random.state
-    return state[0]
+    return state[0]  # type: ignore[no-any-return]

@@ -12,8 +12,9 @@ import mlx.core as mx
 import wrapt
 
 from ..patching import drift
-from .loops import Args, Kwargs, Processors, Wrapped, begin, greedy, row, steps
-from .sharing import Run, Sampling, Share
+from .loops import Args, Kwargs, Wrapped, begin, greedy, row, steps
+from .programs import Processors, Sampling, sampler
+from .sharing import Run, Share
 
 DRAFTS_DIFFER = (
     "The ranks differ in what the draft model proposed: a sampler or a logits processor keeps a "
@@ -49,9 +50,9 @@ class _Checked:
     last one, by a worker with the first one, since it gives rank 0's ids out.
     """
 
-    def __init__(self, run: Run, sampler: Sampling) -> None:
+    def __init__(self, run: Run, sample: Sampling) -> None:
         self._run = run
-        self._sampler = run.sampler(sampler)
+        self._sample = sampler(run, sample)
         self._left = 0
         """How many positions of this step have yet to be sampled, once one has been."""
         self._kept = mx.array([], mx.uint32)
@@ -68,7 +69,7 @@ class _Checked:
 
     def sample(self, logprobs: mx.array) -> mx.array:
         """Ids ``(n,)`` of ``(n, V)``: the draft's, or rank 0's for the pipelined model."""
-        run, count, sampled = self._run, logprobs.shape[0], self._sampler(logprobs)
+        run, count, sampled = self._run, logprobs.shape[0], self._sample(logprobs)
         step = run.step
         if not step.hidden and not self._left:
             self._drafts.append(sampled)
