@@ -113,6 +113,8 @@ class Absent(Module):
         module: what it stands for.
     """
 
+    missing = ""  # while it is being copied
+
     def __init__(self, name: str, missing: str, module: Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         rows = module.weight.shape[0]
@@ -182,8 +184,10 @@ def absent(name: str, module: Module) -> Absent | None:
         return None
     hint = f"{loading.folder} lacks that file"
     if not os.path.exists(loading.repo):
+        is_modelscope = os.environ.get("MLXLM_USE_MODELSCOPE", "").lower() == "true"
+        client = "modelscope download --model" if is_modelscope else "hf download"
         hint = (
-            f"{config.DOWNLOAD}=needed has not fetched that file. `hf download {loading.repo} "
+            f"{config.DOWNLOAD}=needed has not fetched that file. `{client} {loading.repo} "
             f"{' '.join(lacks)}` brings it; then load the model again"
         )
     missing = f"{name} is not on this machine: its weights are in {', '.join(lacks)}, and {hint}."

@@ -76,7 +76,7 @@ class Pipelined(NamedTuple):
     unused: dict[str, weakref.ref[Any]]
     """By name, the modules with weights that this rank does not use in mlx-lm's loops."""
     lacks: dict[int, str]
-    """By rank, what a direct call of the model needs and that rank has not."""
+    """By rank, what a direct call of the model needs and that rank lacks."""
 
     def on_disk(self) -> dict[str, dict[str, mx.array]]:
         """The weights that have not been read, by name of their module.
@@ -180,11 +180,12 @@ def read(stage: Any, with_head: bool) -> None:
     for model in models():
         if model.owner() is not owner:
             continue
-        if model.lacks and with_head:
+        if model.lacks:
+            # A rank that fails alone has not sent, and the others wait.
             rank, missing = next(iter(model.lacks.items()))
             raise SkipheadError(
-                "The model was called outside mlx-lm's loops, where every rank runs the head. On "
-                f"rank {rank} {missing}"
+                "The model was called outside mlx-lm's loops, where every rank runs the norm and "
+                f"the head. On rank {rank} {missing}"
             )
         name = model.family.embedding if model.family.is_tied(owner) else "lm_head"
         weights = model.on_disk().get(name, {}) if with_head and model.rank else {}
