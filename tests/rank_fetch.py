@@ -6,12 +6,14 @@ call after generating. The hub is at HF_ENDPOINT, and the cache in HF_HOME, each
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
-import logging
 import os
-import shutil
+import re
+import subprocess
 import sys
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -24,6 +26,7 @@ if "huggingface_hub" in sys.modules:  # in a warm Python, and has read them
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 
 import mlx_lm_skiphead  # noqa: E402
 
@@ -31,12 +34,10 @@ loops = importlib.import_module("mlx_lm.generate")
 utils = importlib.import_module("mlx_lm.utils")
 
 PROMPT = [3, 141, 59, 26, 53, 58, 97]
-said: list[str] = []
 
 
-class Said(logging.Handler):
-    def emit(self, record):
-        said.append(record.getMessage())
+def load(repo):
+    return utils.sharded_load(repo, pipeline_group=mx.distributed.init())[0]
 
 
 def generate(model):
@@ -45,112 +46,113 @@ def generate(model):
     return tokens
 
 
-def direct(model, group):
-    """A direct call's last numbers, and what it said in the log."""
-    said.clear()
-    out = model(mx.array([PROMPT]))
-    return {"numbers": out[0, -1, :8].tolist(), "width": out.shape[-1], "said": list(said)}
+def numbers(out):
+    return [*out[0, -1, :8].tolist(), out.shape[-1]]
 
 
-def recast(model, group):
-    """A direct call in another type, which what is read for it gets too."""
-    model.set_dtype(mx.float16)
-    told = [generate(model)]
-    if "ALL_FILES" in os.environ:  # they come only now
-        shutil.copytree(os.environ["ALL_FILES"], repo(group), dirs_exist_ok=True)
-    return [*told, direct(model, group)["numbers"], str(model.model.norm.weight.dtype)]
-
-
-def quantized(model, group):
-    """A worker's head made from weights that are not here must not be used."""
-    if isinstance(model.lm_head, nn.Linear):  # rank 0's is quantized in its file
-        model.lm_head = model.lm_head.to_quantized(group_size=32)
-    return [generate(model), errors(model, group)]
-
-
-def inner(model, group):
-    """A direct call of the pipelined model."""
-    said.clear()
-    return {"numbers": model.model(mx.array([PROMPT]))[0, -1, :8].tolist(), "said": list(said)}
-
-
-def hub(word):
-    with urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/{word}") as answer:
-        return json.loads(answer.read() or "null")
-
-
-def asked(model=None, group=None):
-    """The files of weights that this rank has asked the hub for."""
-    return hub("asked")
-
-
-def refused(model, group):
-    """The errors of two direct calls on a worker while the hub is gone."""
-    hub("gone")
-    told = errors(model, group)
-    hub("back")
-    return told
-
-
-def errors(model, group):
-    told = []
-    while group.rank() and len(told) < 2:
-        try:
-            model(mx.array([PROMPT]))
-        except RuntimeError as error:
-            told.append(str(error))
-    return told
-
-
-def modelscope_gone(model, group):
-    """The errors of rank 1, which fetches in vain."""
-    gone = Path(os.environ["GONE"])
-    gone.touch()
-    told = errors(model, group) if group.rank() == 1 else []
-    mx.eval(mx.distributed.all_sum(mx.array(1), stream=mx.cpu))
-    gone.unlink(missing_ok=True)
-    mx.eval(mx.distributed.all_sum(mx.array(1), stream=mx.cpu))
-    return told
-
-
-def uninstall_refused(model, group):
+def error_of(function, *args, **kwargs):
+    """What `function` raises of the plugin's, or None."""
     try:
-        mlx_lm_skiphead.uninstall()
-    except RuntimeError as error:
+        function(*args, **kwargs)
+    except mlx_lm_skiphead.SkipheadError as error:
         return str(error)
-    return ""
+    return None
 
 
-def uninstalled(model, group):
-    mlx_lm_skiphead.uninstall()
-    return {"tokens": generate(model), "left": left()}
+def direct(model, repo):
+    """A direct call's last numbers, or its error."""
+    try:
+        return numbers(model(mx.array([PROMPT])))
+    except mlx_lm_skiphead.SkipheadError as error:
+        return str(error)
 
 
-def left(model=None, group=None):
-    return [list(status.not_here) for status in mlx_lm_skiphead.status().models][-1:]
+def inner(model, repo):
+    """The last numbers of a direct call of the pipelined model, or its error."""
+    try:
+        told = numbers(model.model(mx.array([PROMPT])))
+    except mlx_lm_skiphead.SkipheadError as error:
+        told = str(error)
+    mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
+    return told
 
 
-def text(model, group):
-    return str(mlx_lm_skiphead.status().models[-1])
+def read(model, repo):
+    """By kind of reading weights, the error."""
+    absent = [m for m in model.modules() if type(m).__name__ == "Absent"]
+    if not absent:
+        return {"absent": 0, "errors": {}}
+    folder = Path(tempfile.mkdtemp())
+    told = {
+        "parameters": error_of(model.parameters),
+        "trainable": error_of(model.trainable_parameters),
+        "save_weights": error_of(model.save_weights, str(folder / "all.safetensors")),
+        "save_model": error_of(utils.save_model, folder, model),
+        "cast": error_of(model.set_dtype, mx.float16),
+        "quantize": error_of(nn.quantize, model, 32, 4, class_predicate=lambda _, m: m in absent),
+        "a copy": error_of(copy.deepcopy(model).parameters),
+    }
+    for module in absent:
+        told |= {
+            f"weight of {module.name}": error_of(getattr, module, "weight"),
+            f"call of {module.name}": error_of(module, mx.zeros((1, 2, 64))),
+            f"{module.name} as the head": error_of(module.as_linear, mx.zeros((1, 2, 64))),
+        }
+    assert not list(folder.glob("*.safetensors"))
+    return {"absent": len(absent), "errors": told}
 
 
-def repo(group):
-    return os.environ["FOLDER"].replace("RANK", str(group.rank()))
+def same_as_before(model, repo):
+    """Nothing that `read` tried has changed the model."""
+    return generate(model)
+
+
+def bring(model, repo):
+    """Run the commands of this rank's errors, load again, and call directly."""
+    missing = [m.missing for m in model.modules() if type(m).__name__ == "Absent"]
+    for command in {re.search("`(hf download .*)`", line)[1] for line in missing}:
+        own = Path(sys.prefix, "bin", "hf")
+        subprocess.run([own, *command.split()[1:]], check=True, stdout=subprocess.DEVNULL)
+    model = load(repo)
+    return [direct(model, repo), left(), len(tree_flatten(model.parameters())) > 0]
+
+
+def fetch_all(model, repo):
+    """Ask for all files, load again, and call directly."""
+    del os.environ["MLX_LM_SKIPHEAD_DOWNLOAD"]
+    mlx_lm_skiphead.install()
+    model = load(repo)
+    told = [direct(model, repo), left()]
+    os.environ["MLX_LM_SKIPHEAD_DOWNLOAD"] = "needed"
+    mlx_lm_skiphead.install()
+    return told
+
+
+def asked(model=None, repo=None):
+    """The files of weights that this rank has asked the hub for."""
+    with urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/asked") as answer:
+        return json.loads(answer.read())
+
+
+def left(model=None, repo=None):
+    """What `status` says of modules that are not on this machine."""
+    return list(mlx_lm_skiphead.status().models[-1].not_here)
 
 
 def main(tasks):
-    logging.getLogger("mlx_lm_skiphead").addHandler(Said())
     group = ranks.join()
     told = []
     for task in tasks:
         repo = task["repo"].replace("RANK", str(group.rank()))
         try:
-            model, _ = utils.sharded_load(repo, pipeline_group=group)
+            model = load(repo)
         except Exception as error:
             ranks.report(f"{type(error).__module__}: {error}")
             raise
-        results = {"tokens": generate(model), "left": left(), "asked": asked()}
-        results["then"] = [globals()[what](model, group) for what in task.get("then", ())]
+        results = {"tokens": generate(model), "asked": asked()}
+        if mlx_lm_skiphead.status().mode != "off":
+            results["left"] = left()
+        results["then"] = {what: globals()[what](model, repo) for what in task.get("then", ())}
         told.append(results)
         del model
     ranks.report(told)

@@ -1,4 +1,7 @@
-"""Which files each rank fetches from a hub on this machine, and what comes of those it does not."""
+"""Which files each rank fetches from a hub on this machine, and what comes of those it does not.
+
+`MLX_LM_SKIPHEAD_DOWNLOAD=needed`, `all` and unset, against unpatched mlx-lm on as many ranks.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import tiny_checkpoint
 import tiny_models
 from warm import python
 
+import mlx_lm_skiphead
 from mlx_lm_skiphead.cli import main
 
 SCRIPT = Path(__file__).with_name("rank_fetch.py")
@@ -33,25 +37,31 @@ PLUGIN = {
 CAST = [{"repo": "tiny/cast"}] if tiny_models.is_pipelined("kimi_k3") else []
 """Ranks send each other the type of the embedding, and nearly all weights have another."""
 HIDDEN = ["34", "234", "124"]
+NEEDED = {"MLX_LM_SKIPHEAD": "1", "MLX_LM_SKIPHEAD_DOWNLOAD": "needed"}
+CALLS = {"then": ["direct", "inner"]}
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     write("deepseek_v3", root / "untied", quantize=True, num_hidden_layers=6)
-    kinds = ["sliding_attention", "full_attention"] * 3
-    write("ministral3-tied", root / "tied", num_hidden_layers=6, layer_types=kinds)
+    kinds = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
+    write("ministral3-tied", root / "tied", **kinds)
+    write("ministral3-untied", root / "half", half="", **kinds)
     if CAST:
         text = tiny_models.CONFIGS["kimi_k3"]["text_config"]
         attention = text["linear_attn_config"] | {"kda_layers": [1, 2, 4, 5]}
         text = {**text, "num_hidden_layers": 6, "linear_attn_config": attention}
-        write("kimi_k3", root / "cast", half_embedding=True, text_config=text)
+        write("kimi_k3", root / "cast", half="embed_tokens", text_config=text)
     with hubs.serve(root) as served:
         yield served
 
 
-def write(case: str, folder: Path, half_embedding: bool = False, **changes: Any) -> None:
-    """A checkpoint of four files, weights in the order of the model, as mlx-lm writes them."""
+def write(case: str, folder: Path, half: str | None = None, **changes: Any) -> None:
+    """A checkpoint of four files, weights in the order of the model, as mlx-lm writes them.
+
+    Those whose key has `half` in it are bfloat16.
+    """
     import mlx.core as mx
 
     folder.mkdir()
@@ -61,9 +71,9 @@ def write(case: str, folder: Path, half_embedding: bool = False, **changes: Any)
     weights: dict[str, Any] = {}
     for path in folder.glob("*.safetensors"):
         weights |= mx.load(str(path))
-    if half_embedding:
-        (key,) = (key for key in weights if "embed_tokens" in key)
-        weights[key] = weights[key].astype(mx.bfloat16)
+    for key in weights:
+        if half is not None and half in key:
+            weights[key] = weights[key].astype(mx.bfloat16)
     mx.eval(weights)
     for path in folder.glob("*.safetensors"):
         path.unlink()
@@ -88,7 +98,7 @@ def start(hub, count: int, cache: Path, *tasks: dict[str, Any], check: bool = Tr
         **env,
     }
     text = json.dumps(tasks)
-    return ranks.launch(SCRIPT, text, ranks=count, env=variables, timeout=150, check=check)
+    return ranks.launch(SCRIPT, text, ranks=count, env=variables, timeout=60, check=check)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
@@ -103,33 +113,20 @@ def caches(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def unpatched(hub, count, caches) -> list[Any]:
-    return start(
-        hub,
-        count,
-        caches / f"unpatched-{count}",
-        {"repo": "tiny/untied", "then": ["direct", "inner"]},
-        {"repo": "tiny/tied", "then": ["direct", "inner"]},
-        *CAST,
-        {"repo": "tiny/untied", "then": ["recast"]},
-    ).results
+    tasks = [{"repo": "tiny/untied", **CALLS}, {"repo": "tiny/tied", **CALLS}]
+    tasks += [{"repo": "tiny/half", **CALLS}, *CAST]
+    return start(hub, count, caches / f"unpatched-{count}", *tasks).results
 
 
 @pytest.fixture(scope="module")
-def plugin(hub, count, caches) -> list[Any]:
-    """Ends with a cache in which nothing of ``tiny/untied`` is that only a direct call needs."""
-    cache = caches / f"plugin-{count}"
-    first = [{"repo": "tiny/untied"}, *CAST]
-    told = start(hub, count, cache, *first, MLX_LM_SKIPHEAD="1").results
-    shutil.copytree(cache, caches / f"spare-{count}", symlinks=True)
-    more = start(
-        hub,
-        count,
-        cache,
-        {"repo": "tiny/untied", "then": ["text", "refused", "direct", "direct", "asked", "inner"]},
-        {"repo": "tiny/tied", "then": ["inner", "asked"]},
-        MLX_LM_SKIPHEAD="1",
-    ).results
-    return [[one[0], *two, *one[1:]] for one, two in zip(told, more, strict=True)]
+def needed(hub, count, caches) -> list[Any]:
+    tasks = [
+        {"repo": "tiny/untied", "then": ["direct", "inner", "read", "same_as_before"]},
+        {"repo": "tiny/tied", "then": ["direct", "inner", "read", "fetch_all"]},
+        {"repo": "tiny/half", "then": ["direct", "bring"]},
+        *CAST,
+    ]
+    return start(hub, count, caches / f"needed-{count}", *tasks, **NEEDED).results
 
 
 def paths(name: str, numbers: str) -> list[str]:
@@ -140,104 +137,120 @@ def files(numbers: str) -> list[str]:
     return [FILES[int(number) - 1] for number in numbers]
 
 
-def test_what_is_fetched(count, unpatched, plugin):
-    for rank, ((untied, tied, *cast, _), (cold, warm, warm_tied, *cold_cast)) in enumerate(
-        zip(unpatched, plugin, strict=True)
-    ):
-        assert untied["asked"] == paths("untied", UNPATCHED[count][rank])
-        assert tied["asked"] == paths("tied", UNPATCHED[count][rank]) + untied["asked"]
-        mine = {name: PLUGIN[name][count][rank] for name in PLUGIN}
-        assert cold["asked"] == paths("untied", mine["untied"])
-        assert cold["tokens"] == warm["tokens"] == untied["tokens"]
-        assert warm_tied["tokens"] == tied["tokens"]
-        left = "".join(n for n in "14" if n not in mine["untied"])
-        assert cold["left"] == warm["left"] == [files(left)]
-        for plain, mine_cast in zip(cast, cold_cast, strict=True):
-            assert mine_cast["tokens"] == plain["tokens"]
-            # The last file has more than norm and head there.
-            assert mine_cast["left"] == [files(left.replace("4", ""))]
-        assert warm["asked"] == []  # the cache has what this rank needs
-        left = "".join(n for n in "14" if n not in mine["tied"])
-        assert warm_tied["left"] == [files(left)]
+def of(name: str, asked: list[str]) -> list[str]:
+    return [path for path in asked if path.startswith(f"{name}/")]
 
 
-def test_a_direct_call_fetches_once(hub, count, unpatched, plugin):
-    for rank, ((untied, tied, *_), (_, warm, warm_tied, *_)) in enumerate(
-        zip(unpatched, plugin, strict=True)
-    ):
-        text, errors, first, second, asked, inner = warm["then"]
-        assert ("without model-0000" in text) == bool(warm["left"][0])
-        size = (hub.root / "untied" / FILES[3]).stat().st_size / 1e6
-        if rank:
-            assert len(errors) == 2
-            for error in errors:
-                assert f"norm of deepseek_v3 on rank {rank} and lm_head of" in error
-                command = f"hf download tiny/untied --revision {hubs.COMMIT} {FILES[3]}"
-                assert command in error
-            assert len(first["said"]) == 1
-            assert f"lm_head of deepseek_v3 on rank {rank} has been fetched" in first["said"][0]
-            assert f"{FILES[3]}, {size:.1f} MB" in first["said"][0]
-        else:
-            assert errors == first["said"] == []
-        assert second["said"] == inner["said"] == []
-        assert asked == (paths("untied", "4") if rank else [])
-        direct = untied["then"][0]["numbers"]
-        assert first["numbers"] == second["numbers"] == direct
-        assert inner["numbers"] == untied["then"][1]["numbers"]
-
-        inner, asked = warm_tied["then"]
-        assert inner["numbers"] == tied["then"][1]["numbers"]
-        ours = [path for path in asked if path.startswith("tied")]
-        assert ours == paths("tied", UNPATCHED[count][rank])
+def absent(name: str, rank: int, count: int) -> dict[str, str]:
+    """By module that a rank is without, the number of its file."""
+    is_tied, is_last = name == "tied", rank == count - 1
+    embedding = {"embed_tokens": "1"} if not is_last and not (is_tied and rank == 0) else {}
+    head = {} if rank == 0 else {"norm": "4"} if is_tied else {"lm_head": "4", "norm": "4"}
+    return head | embedding
 
 
-def test_offline(hub, count, unpatched, plugin, caches):
-    """With the cache of unpatched mlx-lm, and with what a rank has of the plugin's own."""
-    for cache in ("unpatched", "spare"):
-        then = ["uninstall_refused", "errors"] if cache == "spare" else ["direct"]
-        told = start(
-            hub,
-            count,
-            caches / f"{cache}-{count}",
-            {"repo": "tiny/untied", "then": then},
-            MLX_LM_SKIPHEAD="1",
-            HF_HUB_OFFLINE="1",
-        ).results
-        for rank, ((plain, *_), (mine,)) in enumerate(zip(unpatched, told, strict=True)):
+def test_what_is_fetched(count, unpatched, needed):
+    for rank, (plain, mine) in enumerate(zip(unpatched, needed, strict=True)):
+        for name, there, here in zip(("untied", "tied", "half", "cast"), plain, mine, strict=False):
+            assert here["tokens"] == there["tokens"], (rank, name)
+            assert of(name, there["asked"]) == paths(name, UNPATCHED[count][rank])
+            numbers = PLUGIN["tied" if name == "tied" else "untied"][count][rank]
+            if name == "cast" and rank:  # the last file has more than norm and head there
+                numbers = "".join(sorted({*numbers, "4"}))
+            assert of(name, here["asked"]) == paths(name, numbers), (rank, name)
+            lacks = absent(name, rank, count)
+            if name == "cast":
+                lacks = {module: file for module, file in lacks.items() if file == "1"}
+            assert len(here["left"]) == len(lacks)
+            for sentence, (module, number) in zip(
+                sorted(here["left"]), sorted(lacks.items()), strict=True
+            ):
+                (file,) = files(number)
+                assert sentence == (
+                    f"{module} is not on this machine: its weights are in {file}, and "
+                    f"MLX_LM_SKIPHEAD_DOWNLOAD=needed has not fetched that file. `hf download "
+                    f"tiny/{name} {file}` brings it; then load the model again."
+                )
+
+
+def test_a_direct_call_is_an_error_on_all_ranks(needed):
+    """Of the model, and of the pipelined model in it."""
+    for mine in needed:
+        for name, here in zip(("untied", "tied", "half"), mine, strict=False):
+            error = here["then"]["direct"]
+            assert "The model was called outside mlx-lm's loops" in error
+            # Tied, the embedding is the head; a rank in the middle lacks that too.
+            assert re.search("On rank 1 (lm_head|norm|embed_tokens) is not on this machine", error)
+            assert f"`hf download tiny/{name} {FILES[3]}` brings it" in error
+        for here in mine[:2]:
+            assert here["then"]["inner"] == here["then"]["direct"]
+
+
+def test_reading_what_is_absent_is_an_error(count, needed):
+    """Of each kind; and it changes nothing."""
+    for rank, mine in enumerate(needed):
+        for name, here in zip(("untied", "tied"), mine, strict=False):
+            lacks = absent(name, rank, count)
+            told = here["then"]["read"]
+            assert told["absent"] == len(lacks)
+            assert len(told["errors"]) == (7 + 3 * len(lacks) if lacks else 0)
+            for kind, error in told["errors"].items():
+                module = next((m for m in lacks if m in kind), "")
+                assert f"{module} is not on this machine" in error, kind
+                assert f"`hf download tiny/{name} model-0000" in error
+        assert mine[0]["then"]["same_as_before"] == mine[0]["tokens"]
+
+
+def test_a_file_that_is_brought(hub, count, unpatched, needed):
+    """By the command of the error, or by fetching all: then nothing is absent."""
+    for rank, (plain, mine) in enumerate(zip(unpatched, needed, strict=True)):
+        numbers, still_absent, can_be_read = mine[2]["then"]["bring"]
+        assert numbers == plain[2]["then"]["direct"] and not still_absent and can_be_read
+        assert mine[1]["then"]["fetch_all"] == [plain[1]["then"]["direct"], []]
+        asked = sorted({path for r, path in hub.asked if r == str(rank)})
+        assert of("tied", asked) == paths("tied", UNPATCHED[count][rank])
+
+
+@pytest.mark.parametrize("value", ["", "all"], ids=["unset", "all"])
+def test_all(hub, count, unpatched, value, tmp_path):
+    tasks = [{"repo": "tiny/untied", **CALLS}, {"repo": "tiny/tied", **CALLS}]
+    variables = {"MLX_LM_SKIPHEAD": "1", "MLX_LM_SKIPHEAD_DOWNLOAD": value}
+    results = start(hub, count, tmp_path, *tasks, **variables).results
+    assert results == [[{**task, "left": []} for task in plain[:2]] for plain in unpatched]
+
+
+def test_offline(hub, count, unpatched, needed, caches):
+    """With the cache of unpatched mlx-lm, and with what `needed` has fetched."""
+    for cache in ("unpatched", "needed"):
+        task = {"repo": "tiny/untied", "then": ["direct"]}
+        told = start(hub, count, caches / f"{cache}-{count}", task, HF_HUB_OFFLINE="1", **NEEDED)
+        for (plain, *_), (mine,) in zip(unpatched, told.results, strict=True):
             assert mine["tokens"] == plain["tokens"]
             assert hub.asked == []
             if cache == "unpatched":
-                assert mine["left"] == [[]]
-                assert mine["then"][0]["numbers"] == plain["then"][0]["numbers"]
-                continue
-            refused, errors = mine["then"]
-            assert bool(refused) == bool(rank) and len(errors) == 2 * bool(rank)
-            for error in filter(None, [refused, *errors]):
-                assert f"hf download tiny/untied --revision {hubs.COMMIT} {FILES[3]}" in error
+                assert mine["left"] == []
+                assert mine["then"]["direct"] == plain["then"]["direct"]
+            else:
+                assert "On rank 1 lm_head is not on this machine" in mine["then"]["direct"]
 
 
-def test_a_folder_without_those_files(hub, unpatched, count, tmp_path):
+@pytest.mark.parametrize("value", ["all", "needed"])
+def test_a_folder_without_those_files(hub, unpatched, count, value, tmp_path):
     for rank, numbers in enumerate(PLUGIN["untied"][count]):
         shutil.copytree(hub.root / "untied", tmp_path / str(rank))
         for number in "1234":
             if number not in numbers:
                 (tmp_path / str(rank) / FILES[int(number) - 1]).unlink()
-    folder = f"{tmp_path}/RANK"
-    tasks = [{"repo": folder, "then": [what]} for what in ("errors", "quantized", "recast")]
-    environment = {"ALL_FILES": str(hub.root / "untied"), "FOLDER": folder}
-    told = start(hub, count, tmp_path / "cache", *tasks, MLX_LM_SKIPHEAD="1", **environment).results
-    for rank, ((plain, *_, plain_recast), (mine, quantized, recast)) in enumerate(
-        zip(unpatched, told, strict=True)
-    ):
+    task = {"repo": f"{tmp_path}/RANK", "then": ["direct", "read"]}
+    variables = {"MLX_LM_SKIPHEAD": "1", "MLX_LM_SKIPHEAD_DOWNLOAD": value}
+    told = start(hub, count, tmp_path / "cache", task, **variables).results
+    for rank, ((plain, *_), (mine,)) in enumerate(zip(unpatched, told, strict=True)):
         assert mine["tokens"] == plain["tokens"]
-        (errors,) = mine["then"]
-        assert len(errors) == 2 * bool(rank)
-        for error in errors:
-            assert str(tmp_path / str(rank) / FILES[3]) in error and "hf download" not in error
-        ((tokens, errors),) = quantized["then"]
-        assert tokens == plain["tokens"] and len(errors) == 2 * bool(rank)
-        assert all("made (quantized, fused) from weights that are not here" in e for e in errors)
-        assert recast["then"] == plain_recast["then"]
+        here = mine["then"]
+        assert here["read"]["absent"] == len(mine["left"]) == len(absent("untied", rank, count))
+        assert here["read"]["errors"] and all(here["read"]["errors"].values())
+        lacks = f"its weights are in {FILES[3]}, and {tmp_path / '1'} lacks that file."
+        assert f"On rank 1 lm_head is not on this machine: {lacks}" in here["direct"]
 
 
 MODELSCOPE = """
@@ -245,9 +258,7 @@ import fnmatch, os, pathlib, shutil
 
 def snapshot_download(repo, revision=None, allow_patterns=None):
     assert revision is None
-    if os.environ["MLX_RANK"] == "1" and os.path.exists(os.environ["GONE"]):
-        raise OSError("no network")
-    folder = pathlib.Path(os.environ["FOLDER"].replace("RANK", os.environ["MLX_RANK"]), repo)
+    folder = pathlib.Path(os.environ["FOLDER"], os.environ["MLX_RANK"], repo)
     folder.mkdir(parents=True, exist_ok=True)
     for file in pathlib.Path(os.environ["ALL_FILES"]).iterdir():
         if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
@@ -265,41 +276,39 @@ def test_modelscope(hub, unpatched, count, tmp_path):
         hub,
         count,
         tmp_path / "cache",
-        {"repo": "tiny/untied", "then": ["modelscope_gone", "direct"]},
-        **{"MLX_LM_SKIPHEAD": "1", "MLXLM_USE_MODELSCOPE": "True"},
-        **{"ALL_FILES": str(hub.root / "untied"), "FOLDER": f"{tmp_path}/RANK"},
-        GONE=str(tmp_path / "gone"),
+        {"repo": "tiny/untied", "then": ["direct"]},
+        **{**NEEDED, "MLXLM_USE_MODELSCOPE": "True"},
+        **{"ALL_FILES": str(hub.root / "untied"), "FOLDER": str(tmp_path)},
         PYTHONPATH=os.pathsep.join([str(tmp_path / "package"), *([path] if path else [])]),
     ).results
     for rank, ((plain, *_), (mine,)) in enumerate(zip(unpatched, told, strict=True)):
         assert mine["tokens"] == plain["tokens"] and mine["asked"] == []
-        left = "".join(n for n in "14" if n not in PLUGIN["untied"][count][rank])
-        assert mine["left"] == [files(left)]
-        errors, direct = mine["then"]
-        assert direct["numbers"] == plain["then"][0]["numbers"]
-        assert len(errors) == 2 * (rank == 1)
-        command = f"modelscope download --model tiny/untied {FILES[3]}"
-        assert all(command in error for error in errors)
+        fetched = (tmp_path / str(rank) / "tiny/untied").glob("*.safetensors")
+        here = sorted(file.name for file in fetched)
+        assert here == files(PLUGIN["untied"][count][rank])
+        command = f"`modelscope download --model tiny/untied {FILES[3]}`"
+        assert command in mine["then"]["direct"]
 
 
 def test_hidden(hub, tmp_path):
-    """A worker gives final hidden states, of the norm. And `uninstall()` of a tied model."""
-    tasks = [
-        {"repo": "tiny/untied", "then": ["direct", "inner", "asked"]},
-        {"repo": "tiny/tied", "then": ["uninstalled", "asked"]},
-    ]
-    results = start(hub, 3, tmp_path, *tasks, MLX_LM_SKIPHEAD="hidden").results
-    for rank, (told, tied) in enumerate(results):
-        assert told["asked"] == told["then"][2] == paths("untied", HIDDEN[rank])
-        direct, inner, _ = told["then"]
-        assert direct["said"] == inner["said"] == []
-        assert inner["numbers"] == results[0][0]["then"][1]["numbers"]
-        assert (direct["numbers"] == inner["numbers"]) == bool(rank)
-        # What mlx-lm needs without the plugin is brought before that is gone.
-        after, asked = tied["then"]
-        assert after["tokens"] == tied["tokens"] == results[0][1]["tokens"]
-        ours = [path for path in asked if path.startswith("tied")]
-        assert ours == paths("tied", UNPATCHED[3][rank])
+    """A worker gives final hidden states, of the norm, and a direct call needs no more."""
+    tasks = [{"repo": f"tiny/{name}", **CALLS} for name in ("untied", "tied")]
+    variables = {**NEEDED, "MLX_LM_SKIPHEAD": "hidden"}
+    results = start(hub, 3, tmp_path, *tasks, **variables).results
+    for rank, told in enumerate(results):
+        assert told[0]["asked"] == paths("untied", HIDDEN[rank])
+        for mine, of_rank_0 in zip(told, results[0], strict=True):
+            direct, inner = mine["then"]["direct"], mine["then"]["inner"]
+            assert mine["tokens"] == of_rank_0["tokens"]
+            assert inner == of_rank_0["then"]["inner"]
+            assert (direct == inner) == bool(rank)
+
+
+def test_an_unknown_value_is_refused(monkeypatch):
+    monkeypatch.setenv("MLX_LM_SKIPHEAD_DOWNLOAD", "some")
+    with pytest.raises(ValueError, match=r"_DOWNLOAD='some' .*Give all \(or unset it\) or needed"):
+        mlx_lm_skiphead.install()
+    assert mlx_lm_skiphead.status().mode == "off"
 
 
 @pytest.mark.parametrize("name", PLUGIN)
@@ -342,7 +351,7 @@ def test_what_fails_is_said_by_the_hub_client(hub, what, tmp_path):
     else:
         hub.gone_after_config.add("1")
     try:
-        done = start(hub, 2, tmp_path, {"repo": "tiny/untied"}, check=False, MLX_LM_SKIPHEAD="1")
+        done = start(hub, 2, tmp_path, {"repo": "tiny/untied"}, check=False, **NEEDED)
     finally:
         hub.breaks.clear()
         hub.gone_after_config.clear()

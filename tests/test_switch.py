@@ -239,6 +239,34 @@ def test_what_does_not_fit_raises_if_strict():
     assert "SkipheadError: glm4_moe is left to upstream mlx-lm" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("part", "missing"),
+    [
+        ("downloads", "mlx_lm.utils._download"),
+        ("comparison of ranks", "mlx.core.distributed.all_sum"),
+        ("weights", "mlx.core.load"),
+        ("hidden broadcast", "mlx.core.distributed.all_gather"),
+    ],
+)
+def test_a_part_that_is_missing_costs_only_itself(part, missing):
+    """But for the one on which all others build."""
+    run(
+        f"""
+        import mlx.core, mlx_lm.utils, mlx_lm.generate, mlx_lm.models.qwen2
+        import mlx_lm_skiphead
+        del {missing}
+        mlx_lm_skiphead.install()
+        status = mlx_lm_skiphead.status()
+        refused = status.parts.pop({part!r})
+        assert refused.state == "refused" and refused.reason.startswith({missing!r}), refused
+        found = [*status.parts.values(), *status.loops.values(), status.families["qwen2"]]
+        states = ["patched"] * 3 + ["{"refused" if part == "hidden broadcast" else "patched"}"] * 4
+        assert [target.state for target in found] == states, found
+        mlx_lm_skiphead.uninstall()
+        """
+    )
+
+
 def test_one_rank_is_unchanged():
     run(
         """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,10 +64,37 @@ def test_a_rank_without_the_plugin_is_named_where_ranks_are_not_compared(off):
     with pytest.raises(ranks.RanksTimeout) if off == "1" else contextlib.nullcontext() as timeout:
         done = ranks.launch(SCRIPT, ranks=2, env=env, timeout=15, check=False)
     if off == "0":
-        assert "What rank 0 has sent is no token share: mlx-lm-skiphead is off there" in done.stderr
+        assert "Rank 0 has sent something else than a token share." in done.stderr
+        assert "or mlx-lm-skiphead is off on that rank" in done.stderr
     else:
         told = "rank 0 of 2, step 2, batch 1: 2 s for hidden states of rank 1; usually mlx-lm-"
         assert f"{told}skiphead is off on another rank" in str(timeout.value)
+
+
+SWITCHED_OFF = """
+import os, threading, time
+import mlx_lm_skiphead
+from mlx_lm_skiphead.ranks import watch
+
+def seconds_of_cpu(value):
+    os.environ["MLX_LM_SKIPHEAD_WATCH"] = value
+    mlx_lm_skiphead.install()
+    with watch.watched(lambda seconds: "a step"):
+        before = time.process_time()
+        time.sleep(1.5)
+    return time.process_time() - before
+
+print(seconds_of_cpu("0.1"), seconds_of_cpu("0"), seconds_of_cpu("0.1"))
+assert "skiphead-watch" in [thread.name for thread in threading.enumerate()]
+"""
+
+
+def test_a_watch_that_is_switched_off_takes_no_time():
+    command = [sys.executable, "-c", SWITCHED_OFF]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert all(float(seconds) < 0.2 for seconds in done.stdout.split())
+    # Of the first and the third step, and none of the second.
+    assert done.stderr.count("a step; ") == done.stderr.count("a step: went on after") == 2
 
 
 @pytest.mark.parametrize(("value", "seconds"), [(None, 30), ("0", 0), ("2.5", 2.5)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..weights.fetching import unpatched, weight_map
+from ..weights.fetching import weight_map
 from ..weights.on_disk import is_pending, part, size_of, unused
 
-__all__ = ["is_pending", "part", "size_of", "unpatched", "unused", "weight_map"]
+__all__ = ["is_pending", "part", "size_of", "unused", "weight_map"]

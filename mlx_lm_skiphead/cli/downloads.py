@@ -26,7 +26,7 @@ def of_rank(folder: Path, split: Split) -> Downloads:
     from . import core
 
     mine, weight_map = core.part(split.family, split.owner, split.stage), core.weight_map(folder)
-    every = core.unpatched(mine.layers, weight_map)
+    every = mine._replace(unused=()).needed(weight_map.values(), weight_map)
     return {
         choice: {file: os.path.getsize(folder / file) for file in sorted(files)}
         for choice, files in zip(CHOICES, (every, mine.needed(every, weight_map)), strict=True)

@@ -11,6 +11,7 @@ Example: mlx.launch -n 2 --backend ring -- python -m mlx_lm_skiphead run mlx_lm.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import runpy
 import signal
@@ -71,7 +72,7 @@ def _switch_on() -> None:
     others = [path for path in _python_path() if path != CHILDREN]
     os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *others])
     install(requested_mode())
-    threading.excepthook = _on_error_in_thread
+    logging.getLogger("mlx_lm_skiphead").addFilter(_end_where_ranks_differ)
     if "OMPI_COMM_WORLD_RANK" in os.environ:
         sys.excepthook = _on_error_over_mpi
 
@@ -87,13 +88,16 @@ def _on_error_over_mpi(*error: Any) -> None:
     os._exit(1)
 
 
-def _on_error_in_thread(failed: threading.ExceptHookArgs) -> None:
-    """A `threading.excepthook`: ranks that do not agree end, and do not wait for this thread."""
-    from .. import SkipheadError
+def _end_where_ranks_differ(record: logging.LogRecord) -> bool:
+    """A filter of the plugin's log: where a thread finds that the ranks differ, this process ends.
 
-    threading.__excepthook__(failed)
-    if isinstance(failed.exc_value, SkipheadError):
+    The error in that thread would not end it: mlx_lm.server catches it, and goes on with errors.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if record.levelno == logging.CRITICAL and not in_main:
+        print(record.getMessage(), file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
+    return True
 
 
 def in_the_way() -> str:

@@ -21,6 +21,7 @@ import os
 import re
 import threading
 from collections.abc import Collection, Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,22 +52,16 @@ class Part(NamedTuple):
     def needed(self, files: Iterable[str], weight_map: dict[str, str]) -> set[str]:
         """Those of `files` that have what this rank uses, or what is not known."""
         unused = {key for name in self.unused for key in keys_of(name, self.embedding, weight_map)}
-        used = {
-            file
-            for key, file in weight_map.items()
-            if (
-                int(layer[1]) in self.layers if (layer := _LAYER.search(key)) else key not in unused
-            )
-        }
+        layers = {key: int(m[1]) for key in weight_map if (m := _LAYER.search(key))}
+        unused |= {key for key, layer in layers.items() if layer not in self.layers}
+        used = {file for key, file in weight_map.items() if key not in unused}
         return {file for file in files if file in used or file not in weight_map.values()}
 
 
 def weight_map(folder: str | Path) -> dict[str, str]:
     """By key of a weight, its file; empty where there is no index that can be read."""
     try:
-        with open(os.path.join(folder, INDEX)) as file:
-            found: dict[str, str] = json.load(file)["weight_map"]
-            return found
+        return dict(json.loads(Path(folder, INDEX).read_text())["weight_map"])
     except (OSError, ValueError, KeyError):
         return {}
 
@@ -79,24 +74,14 @@ def keys_of(name: str, embedding: str, keys: Collection[str]) -> set[str]:
     """
     stages = {key[: m.start(1) - len("layers.")] for key in keys if (m := _LAYER.search(key))}
     modules = {key: key.rpartition(".")[0] for key in keys}
-    ends = (module for module in modules.values() if module.endswith(embedding))
-    stages &= {module.removesuffix(embedding) for module in ends}
+    stages &= {m.removesuffix(embedding) for m in modules.values() if m.endswith(embedding)}
     if len(stages) != 1:
         return set()
     (stage,) = stages
-    parts = stage.split(".")[:-1]  # the head may be in the pipelined model, or in what that is in
-    above = {"".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)}
-    paths = {place + name for place in (above if name == "lm_head" else {stage})}
+    # The head may be in the pipelined model, or in what that is in.
+    above = ["", *accumulate(f"{part}." for part in stage.split(".")[:-1])]
+    paths = {place + name for place in (above if name == "lm_head" else [stage])}
     return {key for key, module in modules.items() if module in paths}
-
-
-def unpatched(layers: range, weight_map: dict[str, str]) -> set[str]:
-    """The files that mlx-lm's `sharded_load` asks for on a rank with `layers`."""
-    return {
-        file
-        for key, file in weight_map.items()
-        if (layer := _LAYER.search(key)) is None or int(layer[1]) in layers
-    }
 
 
 class Absent(Module):
@@ -112,6 +97,8 @@ class Absent(Module):
         missing: the error.
         module: what it stands for.
     """
+
+    missing = ""  # while it is being copied
 
     def __init__(self, name: str, missing: str, module: Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -163,7 +150,7 @@ class _Loading(threading.local):
     folder = ""
     """The checkpoint's."""
     part: Part | None = None
-    """The part of this rank, once that is known."""
+    """What this rank uses, once that is known."""
     model: Any = None
     """The model, as on_disk.py notes it."""
 
@@ -182,8 +169,10 @@ def absent(name: str, module: Module) -> Absent | None:
         return None
     hint = f"{loading.folder} lacks that file"
     if not os.path.exists(loading.repo):
+        is_modelscope = os.environ.get("MLXLM_USE_MODELSCOPE", "").lower() == "true"
+        client = "modelscope download --model" if is_modelscope else "hf download"
         hint = (
-            f"{config.DOWNLOAD}=needed has not fetched that file. `hf download {loading.repo} "
+            f"{config.DOWNLOAD}=needed has not fetched that file. `{client} {loading.repo} "
             f"{' '.join(lacks)}` brings it; then load the model again"
         )
     missing = f"{name} is not on this machine: its weights are in {', '.join(lacks)}, and {hint}."

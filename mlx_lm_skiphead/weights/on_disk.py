@@ -76,16 +76,15 @@ class Pipelined(NamedTuple):
     unused: dict[str, weakref.ref[Any]]
     """By name, the modules with weights that this rank does not use in mlx-lm's loops."""
     lacks: dict[int, str]
-    """By rank, what a direct call of the model needs and that rank has not."""
+    """By rank, what a direct call of the model needs and that rank lacks."""
 
     def on_disk(self) -> dict[str, dict[str, mx.array]]:
         """The weights that have not been read, by name of their module.
 
         Not those that somebody has recast or replaced: these are evaluated as upstream.
         """
-        modules = {name: reference() for name, reference in self.unused.items()}
-        found = {k: _arrays(module) for k, module in modules.items() if module is not None}
-        lazy = {k: {n: a for n, a in w.items() if _is_of_file(a)} for k, w in found.items()}
+        modules = {name: reference() or {} for name, reference in self.unused.items()}
+        lazy = {k: {n: a for n, a in m.items() if _is_of_file(a)} for k, m in modules.items()}
         return {name: weights for name, weights in lazy.items() if weights}
 
     def status(self) -> ModelStatus:
@@ -95,7 +94,7 @@ class Pipelined(NamedTuple):
 
     def absent(self) -> list[Absent]:
         """What stands for modules that are not on this machine."""
-        modules = [reference() for reference in self.unused.values()]
+        modules = (reference() for reference in self.unused.values())
         return [module for module in modules if isinstance(module, Absent)]
 
 
@@ -180,11 +179,12 @@ def read(stage: Any, with_head: bool) -> None:
     for model in models():
         if model.owner() is not owner:
             continue
-        if model.lacks and with_head:
+        if model.lacks:
+            # A rank that fails alone has not sent, and the others wait.
             rank, missing = next(iter(model.lacks.items()))
             raise SkipheadError(
-                "The model was called outside mlx-lm's loops, where every rank runs the head. On "
-                f"rank {rank} {missing}"
+                "The model was called outside mlx-lm's loops, where every rank runs the norm and "
+                f"the head. On rank {rank} {missing}"
             )
         name = model.family.embedding if model.family.is_tied(owner) else "lm_head"
         weights = model.on_disk().get(name, {}) if with_head and model.rank else {}
@@ -273,17 +273,13 @@ def is_pending(array: mx.array) -> bool:
     return bool(_operations(array))
 
 
-def _arrays(module: Any) -> dict[str, mx.array]:
-    return {k: v for k, v in module.items() if isinstance(v, mx.array)}
-
-
 def _flat(tree: Any) -> list[tuple[str, Any]]:
     flat: Any = tree_flatten(tree)
     return flat  # type: ignore[no-any-return]
 
 
-def _is_of_file(array: mx.array) -> bool:
-    return _operations(array) == ["Load"]
+def _is_of_file(value: Any) -> bool:
+    return isinstance(value, mx.array) and _operations(value) == ["Load"]
 
 
 def _operations(array: mx.array) -> list[str]:
