@@ -22,7 +22,7 @@ from mlx_lm_skiphead import __version__
 from mlx_lm_skiphead.cli import examine, main
 from mlx_lm_skiphead.cli.run import CHILDREN
 from mlx_lm_skiphead.families import FAMILIES
-from mlx_lm_skiphead.installing import LOOPS
+from mlx_lm_skiphead.installing import LOOPS, PARTS
 
 DOCTOR = ["-m", "mlx_lm_skiphead", "doctor"]
 
@@ -71,6 +71,7 @@ def test_off(tmp_path: Path) -> None:
     # Not imported yet is what this mlx-lm has not.
     assert states <= {"patched", "not pipelined", "not imported yet"}
     assert all(found[name] == "patched" for name in ("deepseek_v3", "glm4_moe", *LOOPS))
+    assert all(re.search(rf"│ {part} +│ patched", said) for part in PARTS)
     assert "MLX_LM_SKIPHEAD is not set: the plugin is off" in said
     assert "Distributed backends: ring" in said
     assert "No problem was found." in said and "Warning" not in said
@@ -155,8 +156,9 @@ def test_what_another_package_makes_unusable(value: str | None, tmp_path: Path) 
     assert unusable == {**expected, "glm_moe_dsa": late}
     assert "mlx_lm.models.glm4_moe.LanguageModel.__call__: expected one call of" in said
     assert re.search(r"mlx_lm.models.deepseek_v32.DeepseekV32Model.__call__ \(by replaces\)", said)
-    left = f"{'Problem' if value else 'Warning'}: Left to upstream mlx-lm, where all ranks run"
-    assert f"{left} the head: deepseek_v32, glm4_moe, glm_moe_dsa, solar_open." in said
+    left = f"{'Problem' if value else 'Warning'}: Left to upstream mlx-lm: "
+    assert f"{left}deepseek_v32, glm4_moe, glm_moe_dsa, solar_open." in said
+    assert "every rank runs the head" in said
     assert "No problem" not in said
 
 
@@ -490,4 +492,4 @@ def test_links_that_stand_still(tmp_path: Path) -> None:
 
 def test_links_take_ranks(tmp_path: Path) -> None:
     done = python("-m", "mlx_lm_skiphead", *LINKS, folder=tmp_path)
-    assert done.returncode == 2 and "--links needs ranks, as in mlx.launch" in done.stderr
+    assert done.returncode == 2 and "--links needs ranks: mlx.launch" in done.stderr

@@ -1,6 +1,6 @@
 """``mlx-lm-skiphead doctor``: whether the plugin works here, with this mlx-lm, model and ranks.
 
-It looks at versions, each family of models, each loop, patches of other packages, and a model of
+It looks at versions, each patch by family, loop or part, patches of other packages, and a model of
 yours. Under mlx.launch or mpirun it also compares all ranks, and with --links measures their links.
 It loads no weights and uses no network but those links.
 
@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import __version__, config
-from . import downloads, examine
+from . import examine
 from .arguments import Unusable, new_command
+from .ranks import launched_rank
 from .run import in_the_way
 from .tables import table
 
@@ -58,14 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
         ``--model``, or if ranks differ; 2 for wrong arguments. On ranks other than 0 it is 0:
         a launcher would kill rank 0, which prints the report.
     """
+    if arguments.links and launched_rank() is None:
+        raise Unusable("--links needs ranks: mlx.launch -n 2 ... -- mlx-lm-skiphead doctor --links")
     logging.getLogger("mlx_lm_skiphead").disabled = True  # what it logs is in the report
     with redirect_stdout(sys.stderr):
         report = diagnose(arguments.model, arguments.modules, arguments.links)
     code: int = report["exit_code"]
     if report["rank"]:
         return 0
-    if code == 2:
-        raise Unusable(report["wrong_argument"])
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
@@ -83,10 +84,10 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
       installed, `needs` is what the plugin requires, `problem` is "" if there is none.
     - ``backends``: the distributed backends that this mlx has.
     - ``variable``: the value of MLX_LM_SKIPHEAD, or null; ``mode``: "off", "on" or "hidden", or
-      "invalid". ``download``: the value of MLX_LM_SKIPHEAD_DOWNLOAD, or null.
-    - ``targets``: families and loops, by name ``{"state", "reason"}``, as in `status()`. They are
-      of this process, which is patched whatever the mode: "not imported yet" is not in this
-      mlx-lm. Empty if a package cannot be imported.
+      "invalid".
+    - ``targets``: parts, loops and families, by name ``{"state", "reason"}``, as in `status()`.
+      They are of this process, which is patched whatever the mode: "not imported yet" is not in
+      this mlx-lm. Empty if a package cannot be imported.
     - ``patches``: other packages' ``{"target", "by"}``: the function, and the module that wraps or
       replaces it.
     - ``model``: ``{"name", "model_type", "family", "head", "supported", "reason"}``, or null. The
@@ -94,16 +95,30 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
     - ``rank``: this rank; ``ranks``: the facts of each rank, a list by rank, or null if there is
       only one; ``differences``: by name of a fact that differs, a list of its values by rank.
     - ``links``: null if they are not measured, else what `links.measure` returns.
-    - ``warnings``, ``problems``: lines; ``wrong_argument``: a line or "".
-    - ``exit_code``: of the command. The document is not printed if it is 2.
+    - ``warnings``, ``problems``: lines; ``exit_code``: of the command.
+
+    Raises:
+        Unusable: see `examine.look_at_targets`.
     """
     found = examine.packages()
+    nothing: dict[str, Any] = {
+        "targets": {},
+        "patches": [],
+        "model": None,
+        "ranks": None,
+        "differences": {},
+    }
     report: examine.Report = {
-        **{"plugin": __version__, "python": platform.python_version(), "packages": found},
-        **{"platform": platform.platform(), "backends": [], "targets": {}, "patches": []},
-        **{"variable": os.environ.get(config.VARIABLE), "mode": "invalid", "model": None},
-        **{"download": os.environ.get(downloads.VARIABLE), "rank": 0, "ranks": None},
-        **{"differences": {}, "links": None, "warnings": [], "problems": [], "wrong_argument": ""},
+        "plugin": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": found,
+        "backends": [],
+        "variable": os.environ.get(config.VARIABLE),
+        "mode": "invalid",
+        "rank": 0,
+        **nothing,
+        **{"links": None, "warnings": [], "problems": []},
     }
     problems, warnings = report["problems"], report["warnings"]
     try:
@@ -114,18 +129,14 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
     wanted = warnings if report["mode"] == "off" else problems
     wanted += [f"{n} {p['version']}: {p['problem']}." for n, p in found.items() if p["problem"]]
     is_usable = not any("imported" in package["problem"] for package in found.values())
-    try:
-        if is_usable:
-            examine.look_at_targets(report, modules)
-            warnings += examine.judge_versions(found["mlx"]["version"], found["mlx-lm"]["version"])
-        left = [n for n, t in report["targets"].items() if t["state"] in ("refused", "replaced")]
-        if left:
-            names = ", ".join(left)
-            wanted.append(f"Left to upstream mlx-lm, where all ranks run the head: {names}.")
-        if model:
-            report["model"] = examine.look_at_model(model, report["targets"])
-    except Unusable as error:
-        report["wrong_argument"] = str(error)
+    if is_usable:
+        examine.look_at_targets(report, modules)
+        warnings += examine.judge_versions(found["mlx"]["version"], found["mlx-lm"]["version"])
+    targets = report["targets"].items()
+    if left := [name for name, t in targets if t["state"] in ("refused", "replaced")]:
+        wanted.append(f"Left to upstream mlx-lm: {', '.join(left)}.")
+    if model:
+        report["model"] = examine.look_at_model(model, report["targets"])
     if report["model"] and (reason := report["model"]["reason"]):
         problems.append(f"The model {model} is not supported: {reason}.")
     if patches := ", ".join("{target} (by {by})".format_map(p) for p in report["patches"]):
@@ -137,9 +148,9 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
         import mlx.core as mx
 
         report["backends"] = [b for b in BACKENDS if mx.distributed.is_available(backend=b)]
-        examine.look_at_ranks(report, measures_links)
-    report["exit_code"] = 1 if problems else 2 if report["wrong_argument"] else 0
-    return report
+        if launched_rank() is not None:
+            examine.look_at_ranks(report, measures_links)
+    return {**report, "exit_code": 1 if problems else 0}
 
 
 def _print(console: Console, report: examine.Report) -> None:
@@ -159,12 +170,10 @@ def _print(console: Console, report: examine.Report) -> None:
         style = "red" if target["reason"] else ""
         rows.append([name, Text(target["state"], style), target["reason"]])
     if rows:
-        console.print(table("", ("family or loop", "state", "why"), rows, is_text=True))
+        console.print(table("", ("patches", "state", "why"), rows, is_text=True))
     ranks, model = report["ranks"] or [], report["model"]
     if model and model["supported"]:
         line("The model {name} is supported: {family}; head: {head}.".format_map(model))
-        saved = examine.saved_downloads(model["name"], len(ranks)) if ranks else ""
-        line(f"{downloads.VARIABLE} is {report['download'] or 'not set (all)'}. {saved}")
     if ranks and not report["differences"]:
         line(f"{len(ranks)} ranks agree.")
     if links := report["links"]:
@@ -172,7 +181,7 @@ def _print(console: Console, report: examine.Report) -> None:
             ["{} - {}".format(*link.pop("between")), *(f"{number:.2f}" for number in link.values())]
             for link in links["links"]
         ]
-        columns = ["ranks", "latency", "highest", "there", "back"]
+        columns = ["ranks", "latency", "there", "back"]
         console.print(table("links: ms one way, and MB/s each way", columns, rows))
         step = "A step takes {step_ms:.2f} ms on the links alone, at most {highest_step_ms:.2f}."
         line(step.format_map(links))

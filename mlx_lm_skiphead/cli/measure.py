@@ -19,8 +19,8 @@ import wrapt
 from mlx_lm.sample_utils import make_sampler
 
 from .. import install, status, uninstall
+from ..weights.on_disk import is_pending, size_of
 from . import downloads
-from .core import is_pending, size_of
 from .models import Split, family_of, locate
 from .ranks import WAYS
 

@@ -15,9 +15,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from ..weights.on_disk import size_of, unused
 from . import downloads
 from .arguments import Unusable
-from .core import size_of, unused
 from .models import Split, split
 from .ranks import role
 
