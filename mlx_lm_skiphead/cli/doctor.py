@@ -31,12 +31,6 @@ from .run import in_the_way
 from .tables import table
 
 BACKENDS = ("ring", "jaccl", "mpi", "nccl")
-MEANING = {
-    "off": f"the plugin is off; to switch it on, set {config.VARIABLE}=1 for all ranks",
-    "on": "the plugin is on",
-    "hidden": "the plugin is on, and outside mlx-lm's loops workers give hidden states",
-    "invalid": "not understood",
-}
 
 
 def add_command(commands: Any) -> None:
@@ -44,10 +38,9 @@ def add_command(commands: Any) -> None:
     summary = "check versions, families, loops, a model, patches of others, and all ranks"
     option = new_command(commands, run, __doc__, summary).add_argument
     option("--model", metavar="PATH_OR_REPO", help="a folder, or a hub repository in the cache")
-    first = "import this first, to see what it patches; may be repeated"
+    first = "to see what it patches; may be repeated"
     option("--import", dest="modules", action="append", default=[], metavar="MODULE", help=first)
-    links = "under mlx.launch or mpirun, measure each link; ends if nothing moves for half a minute"
-    option("--links", action="store_true", help=links)
+    option("--links", action="store_true", help="measure each link, under mlx.launch or mpirun")
     option("--json", action="store_true", help="print one JSON document, and nothing else")
 
 
@@ -61,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.links and launched_rank() is None:
         raise Unusable("--links needs ranks: mlx.launch -n 2 ... -- mlx-lm-skiphead doctor --links")
-    logging.getLogger("mlx_lm_skiphead").disabled = True  # what it logs is in the report
+    # What the plugin logs is in the report, but for a link on which nothing moves.
+    logging.getLogger("mlx_lm_skiphead").addFilter(lambda record: record.module == "watch")
     with redirect_stdout(sys.stderr):
         report = diagnose(arguments.model, arguments.modules, arguments.links)
     code: int = report["exit_code"]
@@ -101,25 +95,11 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
         Unusable: see `examine.look_at_targets`.
     """
     found = examine.packages()
-    nothing: dict[str, Any] = {
-        "targets": {},
-        "patches": [],
-        "model": None,
-        "ranks": None,
-        "differences": {},
-    }
-    report: examine.Report = {
-        "plugin": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": found,
-        "backends": [],
-        "variable": os.environ.get(config.VARIABLE),
-        "mode": "invalid",
-        "rank": 0,
-        **nothing,
-        **{"links": None, "warnings": [], "problems": []},
-    }
+    report: examine.Report = {"plugin": __version__, "packages": found, "mode": "invalid"}
+    report |= {"python": platform.python_version(), "platform": platform.platform()}
+    report |= {"variable": os.environ.get(config.VARIABLE), "targets": {}, "patches": []}
+    report |= {"model": None, "rank": 0, "ranks": None, "differences": {}, "links": None}
+    report |= {"backends": [], "warnings": [], "problems": []}
     problems, warnings = report["problems"], report["warnings"]
     try:
         report["mode"] = config.requested_mode()
@@ -164,7 +144,8 @@ def _print(console: Console, report: examine.Report) -> None:
     line(f"Distributed backends: {', '.join(report['backends']) or 'unknown'}.")
     value = report["variable"]
     setting = f"{config.VARIABLE} is not set" if value is None else f"{config.VARIABLE}={value}"
-    line(f"{setting}: {MEANING[report['mode']]}.")
+    mode = "not understood" if report["mode"] == "invalid" else f"the plugin is {report['mode']}"
+    line(f"{setting}: {mode}.")
     rows = []
     for name, target in report["targets"].items():
         style = "red" if target["reason"] else ""

@@ -106,10 +106,9 @@ def plan(
 def _reads(part: Split, embedding: Any, batch: int) -> int:
     """Bytes that a step reads of the layers of a rank."""
     config, total = part.config, 0.0
-    used = None
-    for place in (config, config.get("text_config", {}), config.get("language_config", {})):
-        for key in ("num_experts_per_tok", "num_experts_per_token"):
-            used = used or place.get(key)
+    places = config, config.get("text_config", {}), config.get("language_config", {})
+    keys = "num_experts_per_tok", "num_experts_per_token"
+    used = next((place[key] for place in places for key in keys if place.get(key)), None)
     for module in part.stage.modules():
         if module is embedding:
             continue  # one row of it, on one rank
