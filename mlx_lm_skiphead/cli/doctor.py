@@ -148,8 +148,8 @@ def _print(console: Console, report: examine.Report) -> None:
     line(f"{setting}: {mode}.")
     rows = []
     for name, target in report["targets"].items():
-        style = "red" if target["reason"] else ""
-        rows.append([name, Text(target["state"], style), target["reason"]])
+        state = Text(target["state"], "red" if target["reason"] else "")
+        rows.append([name, state, target["reason"]])
     if rows:
         console.print(table("", ("patches", "state", "why"), rows, is_text=True))
     ranks, model = report["ranks"] or [], report["model"]

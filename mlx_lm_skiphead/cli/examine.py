@@ -188,8 +188,7 @@ def look_at_ranks(report: Report, measures_links: bool) -> None:
     report["rank"] = launched_rank() or 0
     try:
         group = mx.distributed.init()
-        if group.size() == 1:
-            # As MLX takes a library of MPI that it cannot load.
+        if group.size() == 1:  # as MLX takes a library of MPI that it cannot load
             problems += [NO_MPI] if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1" else []
             return
         ranks = report["ranks"] = exchanged(_facts(report, measures_links))
@@ -231,15 +230,14 @@ def judge_links(found: dict[str, Any], warnings: list[str], problems: list[str])
     """Say which of the links are broken, or slower than others."""
     if found["garbled"]:
         problems.append(f"The links are broken: {found['garbled']}.")
-    best = min(link["latency_ms"] for link in found["links"])
     # The faster way of each link: a machine with other work to do makes one of them look slow.
-    speeds = [max(link["there_mb_s"], link["back_mb_s"]) for link in found["links"]]
-    for link, speed in zip(found["links"], speeds, strict=True):
+    links = [(x["latency_ms"], max(x["there_mb_s"], x["back_mb_s"])) for x in found["links"]]
+    best, most = min(latency for latency, _ in links), max(speed for _, speed in links)
+    for link, (latency, speed) in zip(found["links"], links, strict=True):
         name = "The link between ranks {} and {}".format(*link["between"])
-        latency = link["latency_ms"]
         if latency > SLOW_MS or latency > max(UNEVEN * best, 1.0):
-            line = f"has a latency of {latency:.1f} ms, and each token waits for it; the best"
-            warnings.append(f"{name} {line} link here has {best:.1f}.")
-        if speed < max(speeds) / UNEVEN:
-            line = f"carries {speed:.0f} MB/s, and prompts wait for it; the best"
-            warnings.append(f"{name} {line} link here carries {max(speeds):.0f}.")
+            line = f"a latency of {latency:.1f} ms, and each token waits for it; the best has"
+            warnings.append(f"{name} has {line} {best:.1f}.")
+        if speed < most / UNEVEN:
+            line = f"carries {speed:.0f} MB/s, and prompts wait for it; the best carries"
+            warnings.append(f"{name} {line} {most:.0f}.")

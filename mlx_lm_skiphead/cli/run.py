@@ -11,6 +11,7 @@ Example: mlx.launch -n 2 --backend ring -- python -m mlx_lm_skiphead run mlx_lm.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import runpy
 import signal
@@ -71,7 +72,7 @@ def _switch_on() -> None:
     others = [path for path in _python_path() if path != CHILDREN]
     os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *others])
     install(requested_mode())
-    threading.excepthook = _on_error_in_thread
+    logging.getLogger("mlx_lm_skiphead").addHandler(_EndsProcess(logging.CRITICAL))
     if "OMPI_COMM_WORLD_RANK" in os.environ:
         sys.excepthook = _on_error_over_mpi
 
@@ -87,13 +88,14 @@ def _on_error_over_mpi(*error: Any) -> None:
     os._exit(1)
 
 
-def _on_error_in_thread(failed: threading.ExceptHookArgs) -> None:
-    """A `threading.excepthook`: ranks that do not agree end, and do not wait for this thread."""
-    from .. import SkipheadError
+class _EndsProcess(logging.Handler):
+    """Ends the process where a thread finds that ranks do not agree, which the plugin logs as
+    critical. A server catches the error of its thread and goes on, and other ranks would wait."""
 
-    threading.__excepthook__(failed)
-    if isinstance(failed.exc_value, SkipheadError):
-        os.kill(os.getpid(), signal.SIGTERM)
+    def emit(self, record: logging.LogRecord) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            print(record.getMessage(), file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def in_the_way() -> str:
