@@ -13,7 +13,7 @@ from ..config import fetches_all, requested_mode, watch_seconds
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's arguments) names; its exit code."""
     from . import bench, demo, doctor, plan, run
-    from .arguments import Unusable
+    from .shared import Unusable
 
     parser = argparse.ArgumentParser(
         prog="mlx-lm-skiphead",

@@ -24,9 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .arguments import Unusable, at_least, listed, new_command
 from .ranks import WAYS, RankFailed, Ranks, start
-from .tables import both, table
+from .shared import Unusable, at_least, both, listed, new_command, table
 
 
 def add_command(commands: Any) -> None:

@@ -18,11 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from . import bench, downloads
-from .arguments import at_least, new_command
 from .ranks import WAYS, role
-from .tables import both, table
-
-Result = dict[str, Any]
+from .shared import at_least, both, new_command, table
 
 LARGE = 100 * 10**6
 """Bytes from which on a module has a file of its own: the head and the embedding."""
@@ -32,13 +29,12 @@ def add_command(commands: Any) -> None:
     """Add ``demo`` to the parser's subcommands."""
     summary = "run a model on ranks of this machine, without the plugin and with it, and compare"
     parser = new_command(commands, run, __doc__, summary)
-    option = parser.add_argument
+    option, size = parser.add_argument, at_least(1)
     option("--model", metavar="PATH_OR_REPO", help="a model that mlx-lm can pipeline")
     option("-n", dest="ranks", type=at_least(2), default=2, metavar="N", help="ranks (2)")
     option("--backend", choices=("ring", "mpi"), default="ring", help="of MLX (ring)")
     option("--prompt", dest="text", default="What is the capital of France?", help="(%(default)s)")
-    size, tokens = at_least(1), "of an answer (24)"
-    option("--max-tokens", dest="tokens", type=size, default=24, metavar="N", help=tokens)
+    option("--max-tokens", dest="tokens", type=size, default=24, metavar="N", help="(24)")
     as_bench = {"batch": [1], "prompt": [8], "rounds": 7}
     parser.set_defaults(hostfile=None, starting_port=0, gpus=None, **as_bench)
 
@@ -60,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             with console.status("building a model with random weights (330 MB)"):
                 write_model(Path(folder))
         told, code = bench.measure(arguments)
-    results: list[Result] = told["memory"]
+    results: list[dict[str, Any]] = told["memory"]
     if not all(results):
         return code
     told["model"] = "DeepSeek-V3's shape, random weights" if is_random else arguments.model
@@ -84,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _compare(console: Console, results: list[Result]) -> int:
+def _compare(console: Console, results: list[dict[str, Any]]) -> int:
     """Compare tokens and heads. With the plugin each rank must have the tokens that rank 0 has
     without it, and no worker may run a head."""
     unpatched, plugin = ([result["answers"][way] for result in results] for way in WAYS)
@@ -96,8 +92,8 @@ def _compare(console: Console, results: list[Result]) -> int:
         for rank, answer in enumerate(plugin)
         if answer[kind] != right[kind]
     ]
-    if any(answer["heads_per_token"] for answer in plugin[1:]):
-        wrong.append("workers ran heads with the plugin on")
+    ran_heads = any(answer["heads_per_token"] for answer in plugin[1:])
+    wrong += ["workers ran heads with the plugin on"] if ran_heads else []
     for line in wrong:
         console.print(f"Please report this: {line}", style="red", markup=False)
     line = "[green]Answers agree[/]: {} greedy tokens and {} at temperature 0.8, on all {} ranks."

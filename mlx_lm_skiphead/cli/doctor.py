@@ -25,10 +25,9 @@ from rich.text import Text
 
 from .. import __version__, config
 from . import examine
-from .arguments import Unusable, new_command
 from .ranks import launched_rank
 from .run import in_the_way
-from .tables import table
+from .shared import Unusable, new_command, table
 
 BACKENDS = ("ring", "jaccl", "mpi", "nccl")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DOWNLOAD
-from .arguments import Unusable
 from .models import Split
+from .shared import Unusable
 
 CHOICES = ("all", "needed")
 """Values of `config.DOWNLOAD`: the files that unpatched mlx-lm fetches (also if it is not set), or

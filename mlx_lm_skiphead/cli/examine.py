@@ -22,9 +22,9 @@ from packaging.version import InvalidVersion
 
 from .. import config
 from ..families import BY_NAME
-from .arguments import Unusable, one_line
 from .models import locate
 from .ranks import launched_rank
+from .shared import Unusable, one_line
 
 Report = dict[str, Any]
 

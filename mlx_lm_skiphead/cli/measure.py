@@ -49,8 +49,7 @@ class Measurement:
         self.say(step="loading")
         self.model, self.tokenizer = mlx_lm.utils.sharded_load(task["model"], pipeline_group=group)
         self.split = Split(self.model, family_of(self.model), {})
-        now = status()
-        targets = {**now.families, **now.loops}
+        targets = status().families | status().loops
         for name in (self.split.family.name, "generate_step"):
             if targets[name].state != "patched":
                 raise ValueError(f"nothing is skipped here: {name} is {targets[name]}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .. import families
 from ..families import Family
-from .arguments import Unusable
+from .shared import Unusable
 
 
 def locate(path_or_repo: str) -> Path:

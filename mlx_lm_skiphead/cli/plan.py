@@ -23,10 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import downloads
-from .arguments import Unusable, above_0, at_least, listed, new_command
 from .formula import Link, token
 from .ranks import WAYS
-from .tables import both, table
+from .shared import Unusable, above_0, at_least, both, listed, new_command, table
 
 if TYPE_CHECKING:
     from .sizes import Plan, Rank
@@ -131,7 +130,7 @@ def document(
     `tokens` has one entry for each batch size. Without bandwidths its `stages` and `head` are 0. It
     is empty without bandwidths and links.
     """
-    links = link or Link()
+    links, files = link or Link(), [rank.downloads for rank in planned.ranks]
     tokens: list[dict[str, Any]] = []
     for batch in batches if link or machines[0].bandwidth else ():
         times = reading_times(planned, machines, batch)
@@ -139,16 +138,16 @@ def document(
         parts = {way: {**taken._asdict(), "ms": taken.ms} for way, taken in ways.items()}
         saved = ways["unpatched"].ms - ways["plugin"].ms
         tokens.append({"batch": batch, **parts, "saved_ms": saved})
-    pairs = zip(planned.ranks, machines, strict=True)
-    files = [rank.downloads for rank in planned.ranks]
+    ranks = [
+        {**rank._asdict(), **machine._asdict(), "fits": machine.fits(rank)}
+        for rank, machine in zip(planned.ranks, machines, strict=True)
+    ]
     return {
         "family": planned.family,
         "head_bytes": planned.ranks[0].head_bytes,
         "hidden_bytes_per_token": planned.row,
         "link": link and link._asdict(),
-        "ranks": [
-            {**r._asdict(), **machine._asdict(), "fits": machine.fits(r)} for r, machine in pairs
-        ],
+        "ranks": ranks,
         "tokens": tokens,
         "download_bytes": {c: downloads.total(files, c) for c in downloads.CHOICES},
         "rank_0_should_be": best_head_machine(planned, machines, links, batches[0]),
@@ -188,16 +187,15 @@ def _report(console: Console, told: dict[str, Any]) -> None:
 def _times_table(told: dict[str, Any]) -> Table:
     """The parts of the time of a token that are known."""
     has_bandwidths = told["ranks"][0]["bandwidth"] is not None
-    parts = {"stages": "stages", "head": "head"} if has_bandwidths else {}
-    parts |= {"links": "links"} if told["link"] else {}
-    parts |= {"ms": "token"} if has_bandwidths else {}
+    parts = ["stages", "head"] if has_bandwidths else []
+    parts += (["links"] if told["link"] else []) + (["ms"] if has_bandwidths else [])
     rows = []
     for case in told["tokens"]:
         before, after = (case[way] for way in WAYS)
         ratio = f"{after['ms'] / before['ms']:.2f}" if has_bandwidths else _ms(case["saved_ms"])
         times = (f"{_ms(before[part])} → {_ms(after[part])}" for part in parts)
         rows.append([str(case["batch"]), *times, ratio])
-    columns = ["batch", *parts.values(), "ratio" if has_bandwidths else "saved"]
+    columns = ["batch", *parts, "ratio" if has_bandwidths else "saved"]
     return table("ms per token: unpatched → plugin", columns, rows)
 
 

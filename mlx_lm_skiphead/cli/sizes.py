@@ -17,9 +17,9 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..weights.on_disk import size_of, unused
 from . import downloads
-from .arguments import Unusable
 from .models import Split, split
 from .ranks import role
+from .shared import Unusable
 
 BLOCK = 256
 """Tokens of the prompts from which the size of a cache is known; a multiple of all steps."""

@@ -25,7 +25,7 @@ from rich.console import Console
 from mlx_lm_skiphead.cli import bench, rank, ranks
 from mlx_lm_skiphead.cli.formula import Link, token
 from mlx_lm_skiphead.cli.ranks import WAYS, Ranks
-from mlx_lm_skiphead.cli.tables import table
+from mlx_lm_skiphead.cli.shared import table
 
 LINKS = Path(__file__).with_name("simulated_links.py")
 
