@@ -31,6 +31,8 @@ class Hub:
         """Ranks whose requests are not answered."""
         self.breaks: set[tuple[str, str]] = set()
         """Rank and file of downloads that end half-way."""
+        self.listed_too: list[str] = []
+        """Names in every listing that are of no file."""
         self.gone_after_config: set[str] = set()
         """Ranks that are answered until they have the files of the configuration."""
 
@@ -79,14 +81,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def listing(self, repo: str, kind: str) -> None:
+        listed_too = self.server.hub.listed_too
         files = sorted(p for p in self.folder(repo).iterdir() if p.is_file())
         if kind == "tree":
             told: Any = [
                 {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": _tag(p)}
                 for p in files
             ]
+            told += [{"type": "file", "path": n, "size": 1, "oid": "0"} for n in listed_too]
         else:
             siblings = [{"rfilename": p.name, "size": p.stat().st_size} for p in files]
+            siblings += [{"rfilename": name, "size": 1} for name in listed_too]
             told = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
         self.answer(json.dumps(told).encode(), **{"Content-Type": "application/json"})
 

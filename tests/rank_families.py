@@ -22,7 +22,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_lm_skiphead
-from mlx_lm_skiphead.cli.measure import count_heads, family_of
+from mlx_lm_skiphead.cli.measure import count_heads
+from mlx_lm_skiphead.families import family_of
 
 TOKENS = 7
 STOPS = tuple(range(100, 112))

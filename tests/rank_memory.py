@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
 import mlx_lm_skiphead
-from mlx_lm_skiphead.cli.measure import family_of
+from mlx_lm_skiphead.families import family_of
 
 # Not by name: it is imported before the plugin.
 loops = importlib.import_module("mlx_lm.generate")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -23,7 +22,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,9 +34,6 @@ TESTS = Path(__file__).resolve().parent
 
 # Of the caller's environment these do not reach the ranks, unless asked for.
 NOT_INHERITED = ("MLX_LM_SKIPHEAD", "MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK")
-
-# Below what Linux and macOS hand out to outgoing connections, clear of mlx.launch's own default.
-PORTS = range(20000, 32000)
 
 # mlx.launch waits actively while the pipe to a rank's stdin has room, which takes a whole core.
 # Ranks read nothing; this fills the pipes, where they hold 64 KiB.
@@ -284,6 +279,9 @@ def launch_command(
     if command[0] == "mlx.launch":
         command[:1] = mlx_launch()
     if launcher == "ring":
+        # Not at the top: a rank that imports this module may be one without the plugin.
+        from mlx_lm_skiphead.cli.ranks import free_ports
+
         command += ["--starting-port", str(free_ports(count))]
     environment = inherited()
     if launcher != "ring":
@@ -331,32 +329,6 @@ def rank_environment(env: Mapping[str, str] | None, folder: Path) -> dict[str, s
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), path] if path else [str(TESTS)])
     environment["RANK_RESULTS"] = str(folder / "results")
     return environment
-
-
-_ports_lock = threading.Lock()
-# Not `random.randrange`: test processes side by side may well have seeded that alike.
-_next_port = random.SystemRandom().randrange(PORTS.start, PORTS.stop)
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` consecutive free ports. Ports come round again after all others."""
-    global _next_port
-    with _ports_lock:
-        for _ in PORTS:
-            first = _next_port if _next_port + count <= PORTS.stop else PORTS.start
-            _next_port = first + count
-            if all(_is_free(port) for port in range(first, first + count)):
-                return first
-    raise RuntimeError(f"no {count} consecutive free ports in {PORTS}")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import ranks
 import warm
 
+from mlx_lm_skiphead.cli.ranks import free_ports
+
 if TYPE_CHECKING:
     import openai
 
@@ -146,7 +148,7 @@ def server(
     that is wrong, or if it did not end by itself. No process outlives the block in any case.
     """
     with ranks.run_folder() as folder:
-        port = ranks.free_ports(1)
+        port = free_ports(1)
         variables = ranks.rank_environment(None, folder)
         environment = ranks.inherited() | variables
         arguments = ["--model", str(model), "--port", str(port), *options]

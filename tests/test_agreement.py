@@ -8,6 +8,8 @@ import pytest
 import ranks
 import tiny_checkpoint
 
+from mlx_lm_skiphead.cli.ranks import free_ports
+
 SCRIPT = Path(__file__).with_name("rank_agreement.py")
 FIX = "mlx.launch --env MLX_LM_SKIPHEAD=1"
 
@@ -104,7 +106,7 @@ def test_the_launch_ends(values, count, odd, folder):
 @pytest.mark.parametrize("odd", [0, 1])
 def test_a_server_ends(odd, folder):
     """It loads in a thread, whose end would leave the ranks waiting."""
-    port = str(ranks.free_ports(1))
+    port = str(free_ports(1))
     done = ranks.launch(
         SCRIPT, folder, f"{odd}+1/0", "server", port, ranks=2, check=False, timeout=40
     )

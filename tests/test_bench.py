@@ -13,14 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-import ranks
 import tiny_checkpoint
 import warm
 from test_demo import ranks_of
 
 from mlx_lm_skiphead.cli import main
 from mlx_lm_skiphead.cli.bench import interval
-from mlx_lm_skiphead.cli.ranks import RankFailed, Ranks, records
+from mlx_lm_skiphead.cli.ranks import RankFailed, Ranks, free_ports, records
 
 BENCH = ("-m", "mlx_lm_skiphead", "bench")
 INSTRUMENTS = (str(Path(__file__).with_name("tools") / "bench.py"),)
@@ -95,7 +94,7 @@ def test_plan_on_slow_links(model, tmp_path):
 def test_text_and_hosts(model, tmp_path):
     hostfile = tmp_path / "hosts.json"
     hostfile.write_text(json.dumps([{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2))
-    port = str(ranks.free_ports(2))
+    port = str(free_ports(2))
     done = bench(
         *(model, "--hostfile", str(hostfile), "--starting-port", port),
         *("--tokens", "4", "--rounds", "2"),
@@ -116,7 +115,7 @@ def test_stopped(how, hosts, model, tmp_path):
             pytest.skip("then mlx.launch goes on, which nothing can be done about")
         hostfile = tmp_path / "hosts.json"
         hostfile.write_text(json.dumps([{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2))
-        where = ["--hostfile", str(hostfile), "--starting-port", str(ranks.free_ports(2))]
+        where = ["--hostfile", str(hostfile), "--starting-port", str(free_ports(2))]
     process = subprocess.Popen(
         [
             *warm.command_line("bench", model),

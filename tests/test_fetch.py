@@ -311,19 +311,36 @@ def test_an_unknown_value_is_refused(monkeypatch):
     assert mlx_lm_skiphead.status().mode == "off"
 
 
+def plan_from_headers(hub, name, count, home) -> subprocess.CompletedProcess[str]:
+    command = ["plan", "-n", str(count), f"tiny/{name}", "--fetch-headers", "--json"]
+    return subprocess.run(
+        [python(), "-m", "mlx_lm_skiphead", *command],
+        env={**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint("plan")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("ending", ["json", "safetensors"])
+def test_plan_follows_no_name_out_of_the_folder(hub, ending, tmp_path):
+    """Such a name in a listing is of no file here: to ask for it would be an error."""
+    plain = plan_from_headers(hub, "untied", 2, tmp_path)
+    hub.listed_too = [f"model/../../x.{ending}", f"../model.{ending}", f"/tmp/model.{ending}"]
+    try:
+        looked = plan_from_headers(hub, "untied", 2, tmp_path)
+    finally:
+        hub.listed_too = []
+    assert looked.returncode == 0, looked.stderr
+    assert looked.stdout == plain.stdout
+
+
 @pytest.mark.parametrize("name", PLUGIN)
 def test_plan(hub, name, count, tmp_path, capfd):
     """By the headers on the hub, what ranks fetch; no file of weights is fetched for it."""
     hub.asked.clear()
     arguments = ["plan", "-n", str(count)]
-    look = [*arguments, f"tiny/{name}", "--fetch-headers", "--json"]
-    looked = subprocess.run(
-        [python(), "-m", "mlx_lm_skiphead", *look],
-        env={**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.endpoint("plan")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    looked = plan_from_headers(hub, name, count, tmp_path)
     assert looked.returncode == 0, looked.stderr
     there = json.loads(looked.stdout)
     assert main([*arguments, str(hub.root / name), "--json"]) == 0

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..config import requested_mode
+from ..config import fetches_all, requested_mode, watch_seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's arguments) names; its exit code."""
     from . import bench, demo, doctor, plan, run
-    from .arguments import Unusable
+    from .shared import Unusable
 
     parser = argparse.ArgumentParser(
         prog="mlx-lm-skiphead",
@@ -25,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_command(commands)
     arguments = parser.parse_args(argv)
     try:
-        requested_mode()
-    except ValueError as error:
+        watch_seconds()
+        fetches_all()
         if arguments.run is not doctor.run:  # which reports it among the rest
-            print(f"mlx-lm-skiphead: {error}", file=sys.stderr)
-            return 2
+            requested_mode()
+    except ValueError as error:
+        print(f"mlx-lm-skiphead: {error}", file=sys.stderr)
+        return 2
     try:
         code: int = arguments.run(arguments)
     except Unusable as error:

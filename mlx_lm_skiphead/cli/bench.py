@@ -24,11 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .arguments import Unusable, at_least, listed, new_command
 from .ranks import WAYS, RankFailed, Ranks, start
-from .tables import both, table
-
-STOPPED = "Stopped; all ranks have been ended."
+from .shared import Unusable, at_least, both, listed, new_command, table
 
 
 def add_command(commands: Any) -> None:
@@ -39,17 +36,13 @@ def add_command(commands: Any) -> None:
     option("model", metavar="MODEL", help="a folder, or a hub repository in the cache")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("-n", dest="ranks", type=size, metavar="N", help="N ranks on this machine")
-    hosts = "ranks on the machines of an mlx.launch file"
-    where.add_argument("--hostfile", type=Path, metavar="FILE", help=hosts)
-    first_port = "the first port that the ranks use (a free one)"
-    option("--starting-port", type=size, default=0, metavar="P", help=first_port)
+    where.add_argument("--hostfile", type=Path, metavar="FILE", help="ranks of an mlx.launch file")
+    option("--starting-port", type=size, default=0, metavar="P", help="of the ranks (a free one)")
     option("--backend", choices=("ring", "mpi"), default="ring", help="of MLX (ring)")
-    gpus = listed(at_least(0))
-    option("--gpus", type=gpus, metavar="G,G,...", help="CUDA device of each rank here, as in 0,1")
+    option("--gpus", type=listed(at_least(0)), metavar="G,...", help="CUDA device of each rank")
     option("--batch", type=sizes, default=[1], metavar="B,...", help="batch sizes (1)")
     option("--prompt", type=sizes, default=[8], metavar="L,...", help="prompt lengths (8)")
-    tokens = "tokens of each generation (as many as take 2 s, from 8 to 64)"
-    option("--tokens", type=size, metavar="N", help=tokens)
+    option("--tokens", type=size, metavar="N", help="to generate (what takes 2 s, from 8 to 64)")
     option("--rounds", type=size, default=7, metavar="N", help="6 give 95 %% confidence (7)")
     option("--json", action="store_true", help="print one JSON document, and nothing else")
     parser.set_defaults(text=None)
@@ -96,7 +89,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         print(f"mlx-lm-skiphead {arguments.command}: {failure}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
+        print("Stopped; all ranks have been ended.", file=sys.stderr)
         code = 130
     told = document(arguments, family, results, measured)
     return told, code or (0 if told["tokens_agree"] else 1)
@@ -160,13 +153,10 @@ def of_case(batch: int, prompt: int, measured: list[dict[str, Any]]) -> dict[str
         ``interval``. ``tokens_per_second``: by way, of the whole batch.
     """
     mine = [each for each in measured if each["case"] == [batch, prompt]]
-    values = {
-        quantity: {
-            way: [each[quantity] for each in mine if (each["rank"], each["way"]) == (0, way)]
-            for way in WAYS
-        }
-        for quantity in ("ms_per_token", "first_token_ms")
-    }
+    values: dict[str, dict[str, list[float]]] = {"ms_per_token": {}, "first_token_ms": {}}
+    for quantity, ways in values.items():
+        for way in WAYS:
+            ways[way] = [e[quantity] for e in mine if (e["rank"], e["way"]) == (0, way)]
     both = zip(*values["ms_per_token"].values(), strict=False)  # the last round may be half done
     ratios = [plugin / unpatched for unpatched, plugin in both if unpatched]
     ratio = _spread(ratios)
@@ -207,18 +197,16 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, flo
         below = sum(math.comb(count, k) for k in range(left_out + 1))
         return max(0.0, 1 - 2 * below / float(2**count))
 
-    left_out = 0
-    while left_out + 1 < count / 2 and reached(left_out + 1) >= confidence:
-        left_out += 1
+    enough = (k for k in range((count + 1) // 2) if reached(k) >= confidence)
+    left_out = max(enough, default=0)
     low, high = ordered[left_out], ordered[-1 - left_out]
     return {"low": low, "high": high, "confidence": reached(left_out)}
 
 
 def report(console: Console, told: dict[str, Any]) -> None:
     """Print what `document` returns."""
-    console.print(
-        f"{told['model']}: {told['family']}, {told['ranks']} ranks, both ways in turn", markup=False
-    )
+    line = f"{told['model']}: {told['family']}, {told['ranks']} ranks, both ways in turn"
+    console.print(line, markup=False)
     cases = [case for case in told["cases"] if case["ratio"]]  # of which a round has ended
     if cases:
         _report_times(console, cases)
@@ -227,10 +215,9 @@ def report(console: Console, told: dict[str, Any]) -> None:
     elif not cases:
         console.print("Nothing was measured.")
         return
-    if told["tokens_agree"]:
-        console.print("[green]Tokens agree[/]: on all ranks, both ways, in every round.")
-    else:
-        console.print("[red bold]Tokens differ[/] between ranks or ways. Please report this.")
+    agree = "[green]Tokens agree[/]: on all ranks, both ways, in every round."
+    differ = "[red bold]Tokens differ[/] between ranks or ways. Please report this."
+    console.print(agree if told["tokens_agree"] else differ)
 
 
 def _report_times(console: Console, cases: list[dict[str, Any]]) -> None:
@@ -249,9 +236,8 @@ def _report_times(console: Console, cases: list[dict[str, Any]]) -> None:
     console.print(table(title, ("batch", "prompt", "first token", "tokens/s"), speeds))
     confidence = min(case["ratio"]["interval"]["confidence"] for case in cases)
     rounds = min(len(case["ratio"]["values"]) for case in cases)
-    console.print(
-        f"The interval of the ratio has {100 * confidence:.0f} % confidence ({rounds} rounds)."
-    )
+    line = "The interval of the ratio has {:.0f} % confidence ({} rounds)."
+    console.print(line.format(100 * confidence, rounds))
 
 
 def _memory_table(results: Sequence[dict[str, Any]]) -> Table:

@@ -1,6 +1,6 @@
 """``mlx-lm-skiphead doctor``: whether the plugin works here, with this mlx-lm, model and ranks.
 
-It looks at versions, each family of models, each loop, patches of other packages, and a model of
+It looks at versions, each patch by family, loop or part, patches of other packages, and a model of
 yours. Under mlx.launch or mpirun it also compares all ranks, and with --links measures their links.
 It loads no weights and uses no network but those links.
 
@@ -24,18 +24,12 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import __version__, config
-from . import downloads, examine
-from .arguments import Unusable, new_command
+from . import examine
+from .ranks import launched_rank
 from .run import in_the_way
-from .tables import table
+from .shared import Unusable, new_command, table
 
 BACKENDS = ("ring", "jaccl", "mpi", "nccl")
-MEANING = {
-    "off": f"the plugin is off; to switch it on, set {config.VARIABLE}=1 for all ranks",
-    "on": "the plugin is on",
-    "hidden": "the plugin is on, and outside mlx-lm's loops workers give hidden states",
-    "invalid": "not understood",
-}
 
 
 def add_command(commands: Any) -> None:
@@ -43,10 +37,9 @@ def add_command(commands: Any) -> None:
     summary = "check versions, families, loops, a model, patches of others, and all ranks"
     option = new_command(commands, run, __doc__, summary).add_argument
     option("--model", metavar="PATH_OR_REPO", help="a folder, or a hub repository in the cache")
-    first = "import this first, to see what it patches; may be repeated"
+    first = "to see what it patches; may be repeated"
     option("--import", dest="modules", action="append", default=[], metavar="MODULE", help=first)
-    links = "under mlx.launch or mpirun, measure each link; ends if nothing moves for half a minute"
-    option("--links", action="store_true", help=links)
+    option("--links", action="store_true", help="measure each link, under mlx.launch or mpirun")
     option("--json", action="store_true", help="print one JSON document, and nothing else")
 
 
@@ -58,14 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
         ``--model``, or if ranks differ; 2 for wrong arguments. On ranks other than 0 it is 0:
         a launcher would kill rank 0, which prints the report.
     """
-    logging.getLogger("mlx_lm_skiphead").disabled = True  # what it logs is in the report
+    if arguments.links and launched_rank() is None:
+        raise Unusable("--links needs ranks: mlx.launch -n 2 ... -- mlx-lm-skiphead doctor --links")
+    # What the plugin logs is in the report, but for a link on which nothing moves.
+    logging.getLogger("mlx_lm_skiphead").addFilter(lambda record: record.module == "watch")
     with redirect_stdout(sys.stderr):
         report = diagnose(arguments.model, arguments.modules, arguments.links)
     code: int = report["exit_code"]
     if report["rank"]:
         return 0
-    if code == 2:
-        raise Unusable(report["wrong_argument"])
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
@@ -83,10 +77,10 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
       installed, `needs` is what the plugin requires, `problem` is "" if there is none.
     - ``backends``: the distributed backends that this mlx has.
     - ``variable``: the value of MLX_LM_SKIPHEAD, or null; ``mode``: "off", "on" or "hidden", or
-      "invalid". ``download``: the value of MLX_LM_SKIPHEAD_DOWNLOAD, or null.
-    - ``targets``: families and loops, by name ``{"state", "reason"}``, as in `status()`. They are
-      of this process, which is patched whatever the mode: "not imported yet" is not in this
-      mlx-lm. Empty if a package cannot be imported.
+      "invalid".
+    - ``targets``: parts, loops and families, by name ``{"state", "reason"}``, as in `status()`.
+      They are of this process, which is patched whatever the mode: "not imported yet" is not in
+      this mlx-lm. Empty if a package cannot be imported.
     - ``patches``: other packages' ``{"target", "by"}``: the function, and the module that wraps or
       replaces it.
     - ``model``: ``{"name", "model_type", "family", "head", "supported", "reason"}``, or null. The
@@ -94,17 +88,17 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
     - ``rank``: this rank; ``ranks``: the facts of each rank, a list by rank, or null if there is
       only one; ``differences``: by name of a fact that differs, a list of its values by rank.
     - ``links``: null if they are not measured, else what `links.measure` returns.
-    - ``warnings``, ``problems``: lines; ``wrong_argument``: a line or "".
-    - ``exit_code``: of the command. The document is not printed if it is 2.
+    - ``warnings``, ``problems``: lines; ``exit_code``: of the command.
+
+    Raises:
+        Unusable: see `examine.look_at_targets`.
     """
     found = examine.packages()
-    report: examine.Report = {
-        **{"plugin": __version__, "python": platform.python_version(), "packages": found},
-        **{"platform": platform.platform(), "backends": [], "targets": {}, "patches": []},
-        **{"variable": os.environ.get(config.VARIABLE), "mode": "invalid", "model": None},
-        **{"download": os.environ.get(downloads.VARIABLE), "rank": 0, "ranks": None},
-        **{"differences": {}, "links": None, "warnings": [], "problems": [], "wrong_argument": ""},
-    }
+    report: examine.Report = {"plugin": __version__, "packages": found, "mode": "invalid"}
+    report |= {"python": platform.python_version(), "platform": platform.platform()}
+    report |= {"variable": os.environ.get(config.VARIABLE), "targets": {}, "patches": []}
+    report |= {"model": None, "rank": 0, "ranks": None, "differences": {}, "links": None}
+    report |= {"backends": [], "warnings": [], "problems": []}
     problems, warnings = report["problems"], report["warnings"]
     try:
         report["mode"] = config.requested_mode()
@@ -114,18 +108,14 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
     wanted = warnings if report["mode"] == "off" else problems
     wanted += [f"{n} {p['version']}: {p['problem']}." for n, p in found.items() if p["problem"]]
     is_usable = not any("imported" in package["problem"] for package in found.values())
-    try:
-        if is_usable:
-            examine.look_at_targets(report, modules)
-            warnings += examine.judge_versions(found["mlx"]["version"], found["mlx-lm"]["version"])
-        left = [n for n, t in report["targets"].items() if t["state"] in ("refused", "replaced")]
-        if left:
-            names = ", ".join(left)
-            wanted.append(f"Left to upstream mlx-lm, where all ranks run the head: {names}.")
-        if model:
-            report["model"] = examine.look_at_model(model, report["targets"])
-    except Unusable as error:
-        report["wrong_argument"] = str(error)
+    if is_usable:
+        examine.look_at_targets(report, modules)
+        warnings += examine.judge_versions(found["mlx"]["version"], found["mlx-lm"]["version"])
+    targets = report["targets"].items()
+    if left := [name for name, t in targets if t["state"] in ("refused", "replaced")]:
+        wanted.append(f"Left to upstream mlx-lm: {', '.join(left)}.")
+    if model:
+        report["model"] = examine.look_at_model(model, report["targets"])
     if report["model"] and (reason := report["model"]["reason"]):
         problems.append(f"The model {model} is not supported: {reason}.")
     if patches := ", ".join("{target} (by {by})".format_map(p) for p in report["patches"]):
@@ -137,9 +127,9 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
         import mlx.core as mx
 
         report["backends"] = [b for b in BACKENDS if mx.distributed.is_available(backend=b)]
-        examine.look_at_ranks(report, measures_links)
-    report["exit_code"] = 1 if problems else 2 if report["wrong_argument"] else 0
-    return report
+        if launched_rank() is not None:
+            examine.look_at_ranks(report, measures_links)
+    return {**report, "exit_code": 1 if problems else 0}
 
 
 def _print(console: Console, report: examine.Report) -> None:
@@ -153,18 +143,17 @@ def _print(console: Console, report: examine.Report) -> None:
     line(f"Distributed backends: {', '.join(report['backends']) or 'unknown'}.")
     value = report["variable"]
     setting = f"{config.VARIABLE} is not set" if value is None else f"{config.VARIABLE}={value}"
-    line(f"{setting}: {MEANING[report['mode']]}.")
+    mode = "not understood" if report["mode"] == "invalid" else f"the plugin is {report['mode']}"
+    line(f"{setting}: {mode}.")
     rows = []
     for name, target in report["targets"].items():
-        style = "red" if target["reason"] else ""
-        rows.append([name, Text(target["state"], style), target["reason"]])
+        state = Text(target["state"], "red" if target["reason"] else "")
+        rows.append([name, state, target["reason"]])
     if rows:
-        console.print(table("", ("family or loop", "state", "why"), rows, is_text=True))
+        console.print(table("", ("patches", "state", "why"), rows, is_text=True))
     ranks, model = report["ranks"] or [], report["model"]
     if model and model["supported"]:
         line("The model {name} is supported: {family}; head: {head}.".format_map(model))
-        saved = examine.saved_downloads(model["name"], len(ranks)) if ranks else ""
-        line(f"{downloads.VARIABLE} is {report['download'] or 'not set (all)'}. {saved}")
     if ranks and not report["differences"]:
         line(f"{len(ranks)} ranks agree.")
     if links := report["links"]:
@@ -172,7 +161,7 @@ def _print(console: Console, report: examine.Report) -> None:
             ["{} - {}".format(*link.pop("between")), *(f"{number:.2f}" for number in link.values())]
             for link in links["links"]
         ]
-        columns = ["ranks", "latency", "highest", "there", "back"]
+        columns = ["ranks", "latency", "there", "back"]
         console.print(table("links: ms one way, and MB/s each way", columns, rows))
         step = "A step takes {step_ms:.2f} ms on the links alone, at most {highest_step_ms:.2f}."
         line(step.format_map(links))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .arguments import Unusable
+from ..config import DOWNLOAD
 from .models import Split
+from .shared import Unusable
 
-VARIABLE = "MLX_LM_SKIPHEAD_DOWNLOAD"
 CHOICES = ("all", "needed")
-"""Values of the variable: the files that unpatched mlx-lm fetches (also if it is not set), or those
-of them that the rank uses."""
+"""Values of `config.DOWNLOAD`: the files that unpatched mlx-lm fetches (also if it is not set), or
+those of them that the rank uses."""
 
 Downloads = dict[str, dict[str, int]]
 """By choice, the bytes of each file of weights that a rank fetches."""
@@ -23,9 +23,10 @@ Downloads = dict[str, dict[str, int]]
 
 def of_rank(folder: Path, split: Split) -> Downloads:
     """What a rank fetches of the checkpoint in `folder`, which is split as the rank has it."""
-    from . import core
+    from ..weights import fetching, on_disk
 
-    mine, weight_map = core.part(split.family, split.owner, split.stage), core.weight_map(folder)
+    mine = on_disk.part(split.family, split.owner, split.stage)
+    weight_map = fetching.weight_map(folder)
     every = mine._replace(unused=()).needed(weight_map.values(), weight_map)
     return {
         choice: {file: os.path.getsize(folder / file) for file in sorted(files)}
@@ -42,7 +43,7 @@ def summary(ranks: Sequence[Downloads]) -> str:
     """The sum over all ranks, in a sentence."""
     before, after = (total(ranks, choice) / 1e6 for choice in CHOICES)
     return (
-        f"From a hub, {VARIABLE}=needed downloads {after:,.1f} MB of weights over all ranks, in "
+        f"From a hub, {DOWNLOAD}=needed downloads {after:,.1f} MB of weights over all ranks, in "
         f"place of {before:,.1f} MB: {before - after:,.1f} MB less."
     )
 
@@ -60,9 +61,10 @@ def fetch_headers(repo: str, folder: Path) -> None:
 
     api = HfApi()
     try:
-        snapshot_download(repo, local_dir=folder, allow_patterns=["*.json"])
+        # In the model's own folder only: a listing may name any path.
+        snapshot_download(repo, local_dir=folder, allow_patterns="*.json", ignore_patterns="*/*")
         for sibling in api.model_info(repo, files_metadata=True).siblings or []:
-            if not fnmatch(sibling.rfilename, "model*.safetensors"):
+            if not re.fullmatch(r"model[^/\\]*\.safetensors", sibling.rfilename):
                 continue
             found = api.parse_safetensors_file_metadata(repo, sibling.rfilename)
             header: dict[str, Any] = {"__metadata__": found.metadata} if found.metadata else {}

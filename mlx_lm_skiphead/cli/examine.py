@@ -1,7 +1,7 @@
 """What `doctor` finds out: of versions, of patches, of a model, of all ranks and their links.
 
 It patches its own process as a program's would be, and looks at the state of each target. It loads
-no weights and does not use the network: of a model it reads the config, and on ranks the headers.
+no weights and does not use the network: of a model it reads the config.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
 from .. import config
-from ..families import FAMILIES, LOADING_MODULE, LOOPS_MODULE
-from . import downloads
-from .arguments import Unusable, one_line
-from .models import locate, rows_of, split
+from ..families import BY_NAME
+from .models import locate
 from .ranks import launched_rank
+from .shared import Unusable, one_line
 
 Report = dict[str, Any]
 
@@ -44,8 +43,6 @@ FAULTS = {
     "MLX_JACCL_COORDINATOR": ("", JACCL),
 }
 """By a variable: with which versions of mlx it is dangerous to set it, and why."""
-FACTS_BYTES = 4096
-"""What each rank gives to the others."""
 HARMLESS = {"mlx", "wrapt", "settings of mlx"}
 """Facts in which ranks may differ."""
 SLOW_MS, UNEVEN = 5.0, 5.0
@@ -110,6 +107,7 @@ def look_at_targets(report: Report, modules: Sequence[str]) -> None:
         Unusable: if one of `modules` cannot be imported.
     """
     from .. import install, status, uninstall
+    from ..installing import MODULES
 
     before = status().mode
     uninstall()
@@ -121,37 +119,33 @@ def look_at_targets(report: Report, modules: Sequence[str]) -> None:
             except (Exception, SystemExit) as error:
                 raise Unusable(f"--import {name}: {one_line(error)}") from error
         install("hidden" if report["mode"] == "hidden" else "on")
-        for module in (LOADING_MODULE, LOOPS_MODULE, *(family.module for family in FAMILIES)):
+        for module in dict.fromkeys(MODULES.values()):
             try:
                 importlib.import_module(module)
             except Exception as error:
                 if getattr(error, "name", None) != module:  # else this mlx-lm has it not
                     report["warnings"].append(f"{module} cannot be imported: {one_line(error)}.")
         now = status()
-        report["targets"] = {n: t._asdict() for n, t in (now.loops | now.families).items()}
-        report["patches"] = list(_patches_of_others())
+        targets = now.parts | now.loops | now.families
+        report["targets"] = {name: target._asdict() for name, target in targets.items()}
+        report["patches"] = [{"target": t, "by": by} for t, by in dict.fromkeys(_by_others())]
     finally:
         uninstall() if before == "off" else install(before)
 
 
-def _patches_of_others() -> Iterator[dict[str, str]]:
-    """What is at, over or under our targets and is neither ours nor upstream's."""
-    from ..installing import table
+def _by_others() -> Iterator[tuple[str, str]]:
+    """Each target with the module of what is at, over or under it, if not ours or upstream's."""
+    import wrapt
 
-    targets = {}
+    from ..installing import table
+    from ..patching.handles import written_in
+
     for row in table():
         with suppress(AttributeError, KeyError):
-            targets[f"{row.module}.{row.path}"] = inspect.getattr_static(*row.locate())
-    for target, layer in targets.items():
-        while layer is not None:
-            # Not `__module__` of a function, which functools.wraps copies from what is wrapped.
-            written = getattr(layer, "_self_wrapper", layer)
-            written = getattr(written, "__func__", written)
-            names = getattr(written, "__globals__", {})
-            by = str(names.get("__name__") or written.__module__ or type(written).__module__)
-            if by.partition(".")[0] not in ("mlx", "mlx_lm", "mlx_lm_skiphead"):
-                yield {"target": target, "by": by}
-            layer = getattr(layer, "__wrapped__", None)
+            for layer in wrapt.wrapper_chain(inspect.getattr_static(*row.locate())):
+                by = written_in(layer)
+                if by.partition(".")[0] not in ("mlx", "mlx_lm", "mlx_lm_skiphead"):
+                    yield f"{row.module}.{row.path}", by
 
 
 def look_at_model(name: str, targets: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -169,11 +163,13 @@ def look_at_model(name: str, targets: dict[str, dict[str, str]]) -> dict[str, An
             raise Unusable("the packages cannot be used")
         from mlx_lm.utils import _get_classes
 
-        rows = rows_of(_get_classes(config=written)[0])
-        if not rows:
+        # Not built, so by its class: the module of that, or of one that it inherits from.
+        classes = _get_classes(config=written)[0].__mro__
+        modules = [cls.__module__.rpartition(".")[2] for cls in classes]
+        found["family"] = next((name for name in modules if name in BY_NAME), "")
+        if not found["family"]:
             raise Unusable("the plugin does not know it, and it works as upstream")
-        found["family"], target = rows[0].name, targets[rows[0].name]
-        if target["state"] != "patched":
+        if (target := targets[found["family"]])["state"] != "patched":
             raise Unusable(": ".join(filter(None, target.values())))
     except Unusable as error:
         found["reason"] = str(error)
@@ -186,19 +182,16 @@ def look_at_ranks(report: Report, measures_links: bool) -> None:
     """Compare the facts of all ranks, and measure the links; fill in what is theirs."""
     import mlx.core as mx
 
+    from ..ranks.agreement import exchanged
+
     problems = report["problems"]
     report["rank"] = launched_rank() or 0
     try:
-        group = mx.distributed.init() if launched_rank() is not None else None
-        if group is None or group.size() == 1:
-            # As MLX takes a library of MPI that it cannot load.
-            if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
-                problems.append(NO_MPI)
-            elif measures_links:
-                line = "--links needs ranks, as in mlx.launch -n 2 ... -- mlx-lm-skiphead doctor"
-                report["wrong_argument"] = report["wrong_argument"] or f"{line} --links"
+        group = mx.distributed.init()
+        if group.size() == 1:  # as MLX takes a library of MPI that it cannot load
+            problems += [NO_MPI] if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1" else []
             return
-        ranks = report["ranks"] = _exchanged(_facts(report, measures_links))
+        ranks = report["ranks"] = exchanged(_facts(report, measures_links))
         facts = {name: [rank.get(name, "") for rank in ranks] for name in ranks[0]}
         differing = {name: values for name, values in facts.items() if len(set(values)) > 1}
         report["differences"] = differing
@@ -218,30 +211,18 @@ def look_at_ranks(report: Report, measures_links: bool) -> None:
         problems.append(f"The ranks cannot be connected: {one_line(error)}")
 
 
-def _exchanged(facts: dict[str, str]) -> list[dict[str, str]]:
-    """The facts of all ranks, by rank."""
-    import mlx.core as mx
-
-    data = json.dumps(facts).encode().ljust(FACTS_BYTES)
-    gather: Any = inspect.unwrap(mx.distributed.all_gather)  # whatever wraps it
-    gathered = bytes(gather(mx.array(list(data), mx.uint8)).tolist())
-    places = range(0, len(gathered), FACTS_BYTES)
-    return [json.loads(gathered[place : place + FACTS_BYTES]) for place in places]
-
-
 def _facts(report: Report, measures_links: bool) -> dict[str, str]:
-    """What ranks should have in common; it must fit into `FACTS_BYTES`."""
+    """What ranks should have in common, in few bytes."""
     targets = report["targets"].items()
     return {
         "mode": report["mode"],
-        "download": (report["download"] or "all")[:40],
+        "download": (os.environ.get(config.DOWNLOAD) or "all")[:40],
         "plugin": report["plugin"],
         **{name: str(report["packages"][name]["version"]) for name in ("mlx-lm", "mlx", "wrapt")},
         "not patched": ", ".join(n for n, t in targets if t["state"] != "patched"),
         "model": str((report["model"] or {}).get("reason"))[:200],
         "settings of mlx": ", ".join(settings_of_mlx()),
         "links": str(measures_links),
-        "arguments": report["wrong_argument"][:200],
     }
 
 
@@ -249,24 +230,14 @@ def judge_links(found: dict[str, Any], warnings: list[str], problems: list[str])
     """Say which of the links are broken, or slower than others."""
     if found["garbled"]:
         problems.append(f"The links are broken: {found['garbled']}.")
-    best = min(link["latency_ms"] for link in found["links"])
     # The faster way of each link: a machine with other work to do makes one of them look slow.
-    speeds = [max(link["there_mb_s"], link["back_mb_s"]) for link in found["links"]]
-    for link, speed in zip(found["links"], speeds, strict=True):
+    links = [(x["latency_ms"], max(x["there_mb_s"], x["back_mb_s"])) for x in found["links"]]
+    best, most = min(latency for latency, _ in links), max(speed for _, speed in links)
+    for link, (latency, speed) in zip(found["links"], links, strict=True):
         name = "The link between ranks {} and {}".format(*link["between"])
-        latency = link["latency_ms"]
         if latency > SLOW_MS or latency > max(UNEVEN * best, 1.0):
-            line = f"has a latency of {latency:.1f} ms, and each token waits for it; the best"
-            warnings.append(f"{name} {line} link here has {best:.1f}.")
-        if speed < max(speeds) / UNEVEN:
-            line = f"carries {speed:.0f} MB/s, and prompts wait for it; the best"
-            warnings.append(f"{name} {line} link here carries {max(speeds):.0f}.")
-
-
-def saved_downloads(model: str, ranks: int) -> str:
-    """What the choice of downloads saves over some ranks; "" where the model is not here."""
-    with suppress(Unusable):
-        folder = locate(model)
-        parts = [downloads.of_rank(folder, split(folder, rank, ranks)) for rank in range(ranks)]
-        return downloads.summary(parts)
-    return ""
+            line = f"a latency of {latency:.1f} ms, and each token waits for it; the best has"
+            warnings.append(f"{name} has {line} {best:.1f}.")
+        if speed < most / UNEVEN:
+            line = f"carries {speed:.0f} MB/s, and prompts wait for it; the best carries"
+            warnings.append(f"{name} {line} {most:.0f}.")

@@ -8,19 +8,17 @@ it.
 from __future__ import annotations
 
 import inspect
-import os
 import statistics
-import sys
-import threading
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
 
+from ..ranks import watch
+
 ROUNDS = 10
 """How often each of the shorter rows is shared."""
-STANDS_STILL = 30.0
-"""Seconds without a message after which a rank prints a line and exits."""
 
 HIDDEN = 4096
 """Numbers of 4 bytes in the hidden states of a token."""
@@ -34,9 +32,8 @@ LONG_ENOUGH = 0.05
 
 
 def measure(group: mx.distributed.Group) -> dict[str, Any]:
-    """Measure the links between all ranks. All must call this.
-
-    Ends the process with exit code 1, and a line on standard error, if nothing moves any more.
+    """Measure the links between all ranks. All must call this. Where nothing moves any more, each
+    rank says what it waits for (see ranks/watch.py).
 
     Returns:
         ``steps``: how many steps of a pipeline the ranks took, without a model. ``step_ms``,
@@ -44,35 +41,41 @@ def measure(group: mx.distributed.Group) -> dict[str, Any]:
         ``garbled``: the first data that did not arrive as sent, a line or "". ``links``: see
         `each_link`.
     """
-    with Patience(group.rank()) as patience, mx.stream(mx.cpu):
-        return {**_steps(group, patience), "links": each_link(group, patience)}
+    watch.agreed = True
+    with mx.stream(mx.cpu):
+        return {**_steps(group), "links": each_link(group)}
 
 
-def each_link(group: mx.distributed.Group, patience: Patience) -> list[dict[str, Any]]:
+def _waits(group: mx.distributed.Group, what: str) -> AbstractContextManager[None]:
+    here = f"rank {group.rank()}, links"
+    return watch.watched(lambda seconds: f"{here}: has waited {seconds:.0f} s for {what}")
+
+
+def each_link(group: mx.distributed.Group) -> list[dict[str, Any]]:
     """Measure one link after the other, on the stream of the CPU. All ranks must call this.
 
     Returns:
-        ``between``: two ranks. ``latency_ms``, ``highest_ms``: half the time of a round trip,
-        median and highest. ``there_mb_s``, ``back_mb_s``: MB per second each way.
+        ``between``: two ranks. ``latency_ms``: half the time of a round trip, median.
+        ``there_mb_s``, ``back_mb_s``: MB per second each way.
     """
     rank, last = group.rank(), group.size() - 1
     found = []
     for pair in [*((r, r + 1) for r in range(last)), *([(0, last)] if last > 1 else [])]:
-        patience.waits_for(f"the link between ranks {pair[0]} and {pair[1]}")
-        trips = [_exchange(rank, pair, 1, 1) for _ in range(PINGS + 1)][1:]
-        trial = _exchange(rank, pair, TRIAL, 1)
-        trip, highest, trial = _sum([statistics.median(trips), max(trips), trial])
-        # As long as it takes for its throughput to count; the same on both ranks.
-        size = int(min(MOST, TRIAL * max(1.0, LONG_ENOUGH / max(trial - trip, 1e-5))))
-        # The best of three: a pause of the machine makes one of them look slow.
-        there = min(_exchange(rank, pair, size, 1) for _ in range(3))
-        back = min(_exchange(rank, pair, 1, size) for _ in range(3))
-        speeds = [size / max(s - trip, s / 2) / 1e6 for s in _sum([there, back])]
-        numbers = dict(zip(("there_mb_s", "back_mb_s"), speeds, strict=True))
-        found.append(
-            {"between": pair, "latency_ms": 500 * trip, "highest_ms": 500 * highest, **numbers}
-        )
+        with _waits(group, f"the link between ranks {pair[0]} and {pair[1]}"):
+            found.append({"between": pair, **_one_link(rank, pair)})
     return found
+
+
+def _one_link(rank: int, pair: tuple[int, int]) -> dict[str, float]:
+    trips = [_exchange(rank, pair, 1, 1) for _ in range(PINGS)]
+    trip, trial = _sum([statistics.median(trips), _exchange(rank, pair, TRIAL, 1)])
+    # As long as it takes for its throughput to count; the same on both ranks.
+    size = int(min(MOST, TRIAL * max(1.0, LONG_ENOUGH / max(trial - trip, 1e-5))))
+    # The best of three: a pause of the machine makes one of them look slow.
+    there = min(_exchange(rank, pair, size, 1) for _ in range(3))
+    back = min(_exchange(rank, pair, 1, size) for _ in range(3))
+    there, back = (size / max(s - trip, s / 2) / 1e6 for s in _sum([there, back]))
+    return {"latency_ms": 500 * trip, "there_mb_s": there, "back_mb_s": back}
 
 
 def _exchange(rank: int, pair: tuple[int, int], there: int, back: int) -> float:
@@ -100,7 +103,7 @@ def _sum(mine: list[float]) -> list[float]:
     return list(total)
 
 
-def _steps(group: mx.distributed.Group, patience: Patience) -> dict[str, Any]:
+def _steps(group: mx.distributed.Group) -> dict[str, Any]:
     rank, last = group.rank(), group.size() - 1
     gather = inspect.unwrap(mx.distributed.all_gather)
     times: list[float] = []
@@ -111,14 +114,14 @@ def _steps(group: mx.distributed.Group, patience: Patience) -> dict[str, Any]:
         mx.eval(sent, rows)
         start = time.perf_counter()
         if rank < last:
-            patience.waits_for(f"what rank {rank + 1} sends in step {number}")
-            hidden = _receive(sent, rank + 1)
+            with _waits(group, f"what rank {rank + 1} sends in step {number}"):
+                hidden = _receive(sent, rank + 1)
         mine = rows[rank : rank + 1]
         if rank > 0:
             mine = mx.depends(mine, mx.distributed.send(hidden, rank - 1))
-        patience.waits_for(f"the share of step {number}, {length} bytes of each rank")
-        everyone = gather(mine)
-        mx.eval(everyone)
+        with _waits(group, f"the share of step {number}, {length} bytes of each rank"):
+            everyone = gather(mine)
+            mx.eval(everyone)
         times.append(1000 * (time.perf_counter() - start))
         if not mx.array_equal(hidden, sent):
             garbled = f"rank {rank} got other hidden states than were sent in step {number}"
@@ -136,30 +139,3 @@ def _receive(like: mx.array, source: int) -> mx.array:
     received = mx.distributed.recv_like(like, source)
     mx.eval(received)
     return received
-
-
-class Patience:
-    """Ends the process if it waits for too long; a context manager."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank, self._ended = rank, threading.Event()
-        self.waits_for("the other ranks")
-
-    def waits_for(self, what: str) -> None:
-        """Note what this rank waits for from now on."""
-        self._what, self._since = what, time.monotonic()
-
-    def __enter__(self) -> Patience:
-        threading.Thread(target=self._look, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.5):
-            if time.monotonic() - self._since > STANDS_STILL:
-                line = f"rank {self._rank} has waited {STANDS_STILL:.0f} s for {self._what}"
-                print(f"mlx-lm-skiphead: {line}", file=sys.stderr, flush=True)
-                self._ended.wait(2)  # so that the others say the same: mlx.launch ends them all
-                os._exit(1)

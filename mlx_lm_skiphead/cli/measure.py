@@ -5,6 +5,7 @@ Tokens, their times, memory, and how often the head was evaluated.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import importlib
@@ -19,12 +20,10 @@ import wrapt
 from mlx_lm.sample_utils import make_sampler
 
 from .. import install, status, uninstall
+from ..weights.on_disk import is_pending, size_of
 from . import downloads
-from .core import is_pending, size_of
 from .models import Split, family_of, locate
 from .ranks import WAYS
-
-__all__ = ["Measurement", "around_head", "count_heads", "decode", "family_of"]
 
 FEWEST, MOST, SECONDS = 8, 64, 2.0
 """Tokens of a generation and its length, where the task does not say how many tokens."""
@@ -50,8 +49,7 @@ class Measurement:
         self.say(step="loading")
         self.model, self.tokenizer = mlx_lm.utils.sharded_load(task["model"], pipeline_group=group)
         self.split = Split(self.model, family_of(self.model), {})
-        now = status()
-        targets = {**now.families, **now.loops}
+        targets = status().families | status().loops
         for name in (self.split.family.name, "generate_step"):
             if targets[name].state != "patched":
                 raise ValueError(f"nothing is skipped here: {name} is {targets[name]}")
@@ -80,7 +78,7 @@ class Measurement:
             mx.reset_peak_memory()
             tokens = []
             for case in cases:
-                self.say(step=f"warming up, {way}, {_named(case)}")
+                self.say(step=f"warming up, {way}, batch {case[0]}, prompt {case[1]}")
                 warm = self._generate(case, task["tokens"] or FEWEST)
                 tokens.append(task["tokens"] or self._agreed(warm["ms_per_token"]))
             told["peak_bytes"][way] = mx.get_peak_memory()
@@ -92,7 +90,8 @@ class Measurement:
                 # Each way comes first as often as the other.
                 for way in WAYS if done % 2 == 0 else reversed(WAYS):
                     install() if way == "plugin" else uninstall()
-                    self.say(step=f"round {done + 1} of {task['rounds']}, {_named(case)}")
+                    of = "round {} of {}, batch {}, prompt {}"
+                    self.say(step=of.format(done + 1, task["rounds"], *case))
                     measured = self._generate(case, length)
                     self.say(measured={"case": case, "way": way, **measured})
         return {
@@ -121,13 +120,17 @@ class Measurement:
             for b in range(batch)
         ]
         self._meet()
-        generated, seconds = decode(self.model, prompts, tokens)
+        steps, seconds = [], []
+        start = time.perf_counter()
+        for ids in decode(self.model, prompts, tokens):
+            steps.append(ids)
+            seconds.append(time.perf_counter() - start)
         between = (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
         return {
             "tokens": tokens,
             "first_token_ms": 1000 * seconds[0],
             "ms_per_token": 1000 * between,
-            "digest": hashlib.sha256(repr(generated).encode()).hexdigest()[:16],
+            "digest": hashlib.sha256(repr(steps).encode()).hexdigest()[:16],
         }
 
     def _answer(self) -> dict[str, Any]:
@@ -155,48 +158,27 @@ class Measurement:
         }
 
 
-def _named(case: tuple[int, int]) -> str:
-    return f"batch {case[0]}, prompt {case[1]}"
-
-
-def decode(
-    model: Any, prompts: list[list[int]], tokens: int
-) -> tuple[list[tuple[int, int, int]], list[float]]:
-    """Generate `tokens` for each of a batch of prompts, greedily, whatever the stop tokens are.
+def decode(model: Any, prompts: list[list[int]], tokens: int) -> Iterator[list[int]]:
+    """The ids of each step, one of each prompt, greedily, whatever the stop tokens are.
 
     Through `generate_step` for one prompt, else through `BatchGenerator`.
-
-    Returns:
-        ``(step, prompt, id)`` of each token; and when each step ended, in seconds from the start.
     """
     loops: Any = importlib.import_module("mlx_lm.generate")
-    steps = (_one if len(prompts) == 1 else _batch)(loops, model, prompts, tokens)
-    generated, seconds = [], []
-    start = time.perf_counter()
-    for number, ids in enumerate(steps):
-        seconds.append(time.perf_counter() - start)
-        generated += [(number, prompt, token) for prompt, token in sorted(ids.items())]
+    size = len(prompts)
+    if size == 1:
+        for token, _ in loops.generate_step(mx.array(prompts[0]), model, max_tokens=tokens):
+            yield [token]
+    else:
+        generator = loops.BatchGenerator(
+            model, completion_batch_size=size, prefill_batch_size=size, stop_tokens=[]
+        )
+        uids = generator.insert(prompts, max_tokens=[tokens] * size)
+        while responses := generator.next_generated():
+            by_uid = {response.uid: response.token for response in responses}
+            yield [by_uid[uid] for uid in uids]
+        generator.close()
     # Unpatched mlx-lm leaves a step in flight, which must not reach into what comes next.
     mx.synchronize(loops.generation_stream)
-    return generated, seconds
-
-
-def _one(loops: Any, model: Any, prompts: list[list[int]], tokens: int) -> Iterator[dict[int, int]]:
-    for token, _ in loops.generate_step(mx.array(prompts[0]), model, max_tokens=tokens):
-        yield {0: token}
-
-
-def _batch(
-    loops: Any, model: Any, prompts: list[list[int]], tokens: int
-) -> Iterator[dict[int, int]]:
-    size = len(prompts)
-    generator = loops.BatchGenerator(
-        model, completion_batch_size=size, prefill_batch_size=size, stop_tokens=[]
-    )
-    uids = generator.insert(prompts, max_tokens=[tokens] * size)
-    while responses := generator.next_generated():
-        yield {uids.index(response.uid): response.token for response in responses}
-    generator.close()
 
 
 class HeadCount(list[mx.array]):
@@ -210,17 +192,17 @@ class HeadCount(list[mx.array]):
         """
         return sum(not is_pending(logits) for logits in self)
 
+    def add(self, run_head: Callable[[], mx.array]) -> mx.array:
+        """Run a head, and keep its logits."""
+        self.append(run_head())
+        return self[-1]
+
 
 @contextmanager
 def count_heads(model: Any) -> Iterator[HeadCount]:
     """Count the heads of `model` that this rank evaluates inside the ``with`` block."""
     count = HeadCount()
-
-    def counted(run_head: Callable[[], mx.array]) -> mx.array:
-        count.append(run_head())
-        return count[-1]
-
-    with around_head(model, counted):
+    with around_head(model, count.add):
         yield count
 
 
@@ -236,9 +218,8 @@ def around_head(model: Any, around: Callable[[Callable[[], mx.array]], mx.array]
     method = "as_linear" if hasattr(head, "as_linear") else "__call__"
 
     def called(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        if instance is not head:
-            return wrapped(*args, **kwargs)
-        return around(lambda: wrapped(*args, **kwargs))
+        run_head = functools.partial(wrapped, *args, **kwargs)
+        return around(run_head) if instance is head else run_head()
 
     handle = wrapt.wrap_function_wrapper(type(head), method, called)
     try:

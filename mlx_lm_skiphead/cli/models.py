@@ -7,8 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from ..families import BY_NAME, Family
-from .arguments import Unusable
+from .. import families
+from ..families import Family
+from .shared import Unusable
 
 
 def locate(path_or_repo: str) -> Path:
@@ -35,22 +36,15 @@ def locate(path_or_repo: str) -> Path:
     return folder
 
 
-def rows_of(model: type) -> list[Family]:
-    """The rows of the table for a class `Model` of mlx-lm, and for those that it inherits from."""
-    modules = (cls.__module__.rpartition(".")[2] for cls in model.__mro__)
-    return [BY_NAME[module] for module in modules if module in BY_NAME]
-
-
 def family_of(model: Any) -> Family:
-    """The family of a loaded model, from where its class was defined.
+    """The family of a loaded model.
 
     Raises:
         ValueError: if mlx-lm-skiphead does not support it.
     """
-    for family in rows_of(type(model)):
-        if not family.is_alias:
-            return family
-    raise ValueError(f"mlx-lm-skiphead does not support {type(model).__module__}")
+    if (family := families.family_of(model)) is None:
+        raise ValueError(f"mlx-lm-skiphead does not support {type(model).__module__}")
+    return family
 
 
 class Split(NamedTuple):

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,10 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import downloads
-from .arguments import Unusable, above_0, at_least, listed, new_command
 from .formula import Link, token
 from .ranks import WAYS
-from .tables import both, table
+from .shared import Unusable, above_0, at_least, both, listed, new_command, table
 
 if TYPE_CHECKING:
     from .sizes import Plan, Rank
@@ -53,13 +52,11 @@ def add_command(commands: Any) -> None:
     option, sizes, numbers = parser.add_argument, listed(at_least(1)), listed(above_0)
     option("model", metavar="MODEL", help="a folder, or a hub repository in the cache")
     option("-n", dest="ranks", type=at_least(2), required=True, metavar="N", help="ranks")
-    layers = "layers of each rank, rank 0 first (even)"
-    option("--split", type=sizes, metavar="A,B,...", help=layers)
+    option("--split", type=sizes, metavar="A,...", help="layers of each rank, rank 0 first (even)")
     option("--bandwidth", type=numbers, metavar="GB/S,...", help="memory bandwidth of each rank")
-    memory = "memory of each rank for weights and prompt caches"
-    option("--memory", type=numbers, metavar="GB,...", help=memory)
-    context = "tokens that a prompt cache holds, of each sequence of the largest batch (0)"
-    option("--context", type=at_least(0), default=0, metavar="N", help=context)
+    option("--memory", type=numbers, metavar="GB,...", help="for weights and caches of each rank")
+    count = at_least(0)
+    option("--context", type=count, default=0, metavar="N", help="tokens in each prompt cache (0)")
     option("--link", type=numbers, metavar="GBIT/S[,MS]", help="rate and latency of each link")
     option("--batch", type=sizes, default=[1], metavar="B,...", help="batch sizes (1)")
     option("--fetch-headers", action="store_true", help="get the headers of MODEL from the hub")
@@ -133,7 +130,7 @@ def document(
     `tokens` has one entry for each batch size. Without bandwidths its `stages` and `head` are 0. It
     is empty without bandwidths and links.
     """
-    links = link or Link()
+    links, files = link or Link(), [rank.downloads for rank in planned.ranks]
     tokens: list[dict[str, Any]] = []
     for batch in batches if link or machines[0].bandwidth else ():
         times = reading_times(planned, machines, batch)
@@ -141,16 +138,16 @@ def document(
         parts = {way: {**taken._asdict(), "ms": taken.ms} for way, taken in ways.items()}
         saved = ways["unpatched"].ms - ways["plugin"].ms
         tokens.append({"batch": batch, **parts, "saved_ms": saved})
-    pairs = zip(planned.ranks, machines, strict=True)
-    files = [rank.downloads for rank in planned.ranks]
+    ranks = [
+        {**rank._asdict(), **machine._asdict(), "fits": machine.fits(rank)}
+        for rank, machine in zip(planned.ranks, machines, strict=True)
+    ]
     return {
         "family": planned.family,
         "head_bytes": planned.ranks[0].head_bytes,
         "hidden_bytes_per_token": planned.row,
         "link": link and link._asdict(),
-        "ranks": [
-            {**r._asdict(), **machine._asdict(), "fits": machine.fits(r)} for r, machine in pairs
-        ],
+        "ranks": ranks,
         "tokens": tokens,
         "download_bytes": {c: downloads.total(files, c) for c in downloads.CHOICES},
         "rank_0_should_be": best_head_machine(planned, machines, links, batches[0]),
@@ -166,6 +163,8 @@ def _report(console: Console, told: dict[str, Any]) -> None:
     for rank in told["ranks"]:
         fits, reads, its_head = rank["fits"], rank["reads_bytes"][1], rank["head_bytes"]
         read = {"unpatched": reads + its_head, "plugin": reads + (0 if rank["rank"] else its_head)}
+        sizes = (sum(files.values()) for files in rank["downloads"].values())
+        fetched = dict(zip(WAYS, sizes, strict=True))
         row = {
             "rank": str(rank["rank"]),
             "role": rank["role"],
@@ -173,9 +172,7 @@ def _report(console: Console, told: dict[str, Any]) -> None:
             **{way: _mb(rank["memory_bytes"][way]) for way in WAYS},
             "cache": _mb(rank["cache_bytes"]),
             "read": both(read, unit=1e6),
-            "download": " → ".join(
-                _mb(sum(files.values())) for files in rank["downloads"].values()
-            ),
+            "download": both(fetched, unit=1e6),
             "fits": "yes" if fits["unpatched"] else "plugin" if fits["plugin"] else "no",
         }
         rows.append({name: cell for name, cell in row.items() if name not in unknown})
@@ -190,47 +187,39 @@ def _report(console: Console, told: dict[str, Any]) -> None:
 def _times_table(told: dict[str, Any]) -> Table:
     """The parts of the time of a token that are known."""
     has_bandwidths = told["ranks"][0]["bandwidth"] is not None
-    parts = {"stages": "stages", "head": "head"} if has_bandwidths else {}
-    parts |= {"links": "links"} if told["link"] else {}
-    parts |= {"ms": "token"} if has_bandwidths else {}
+    parts = ["stages", "head"] if has_bandwidths else []
+    parts += (["links"] if told["link"] else []) + (["ms"] if has_bandwidths else [])
     rows = []
     for case in told["tokens"]:
         before, after = (case[way] for way in WAYS)
         ratio = f"{after['ms'] / before['ms']:.2f}" if has_bandwidths else _ms(case["saved_ms"])
         times = (f"{_ms(before[part])} → {_ms(after[part])}" for part in parts)
         rows.append([str(case["batch"]), *times, ratio])
-    columns = ["batch", *parts.values(), "ratio" if has_bandwidths else "saved"]
+    columns = ["batch", *parts, "ratio" if has_bandwidths else "saved"]
     return table("ms per token: unpatched → plugin", columns, rows)
 
 
-def _verdict(told: dict[str, Any]) -> list[str]:
-    lines = [
-        f"Rank {rank['rank']}'s part fits "
-        + ("with the plugin only." if rank["fits"]["plugin"] else "neither way.")
-        for rank in told["ranks"]
-        if not rank["fits"]["unpatched"]
-    ]
+def _verdict(told: dict[str, Any]) -> Iterator[str]:
+    for rank in told["ranks"]:
+        if not rank["fits"]["unpatched"]:
+            way = "with the plugin only" if rank["fits"]["plugin"] else "neither way"
+            yield f"Rank {rank['rank']}'s part fits {way}."
     if best := told["rank_0_should_be"]:
-        lines.append(f"Make the machine of rank {best} rank 0, which alone runs the head.")
+        yield f"Make the machine of rank {best} rank 0, which alone runs the head."
     if not told["tokens"]:
-        lines.append(
-            "The time that this saves depends on the machines: see --bandwidth and --link. Equal "
-            "machines on fast links save memory, but no time."
-        )
-        return lines
+        yield "The time that this saves depends on the machines: see --bandwidth and --link."
+        yield "Equal machines on fast links save memory, but no time."
+        return
     case = max(told["tokens"], key=lambda case: abs(case["saved_ms"]))
     saved, links = case["saved_ms"], case["unpatched"]["links"] - case["plugin"]["links"]
-    line = f"With a batch of {case['batch']} expect {_ms(abs(saved))} ms "
-    line += "less per token" if saved > 0 else "more per token"
+    less = "less" if saved > 0 else "more"
+    line = f"With a batch of {case['batch']} expect {_ms(abs(saved))} ms {less} per token"
     line += f"; links take {_ms(links)} ms less." if told["link"] else "."
-    lines.append(line if abs(saved) >= 0.005 else "The plugin saves memory, but no time.")
+    yield line if abs(saved) >= 0.005 else "The plugin saves memory, but no time."
     if told["ranks"][0]["bandwidth"] is None:
-        lines.append("This is for equal machines.")
-    lines.append(
-        "Times are of links and of reading weights, without arithmetic. Ranks that share a GPU "
-        "save more. `mlx-lm-skiphead bench` measures."
-    )
-    return lines
+        yield "This is for equal machines."
+    yield "Times are of links and of reading weights, without arithmetic. Ranks that share a GPU"
+    yield "save more. `mlx-lm-skiphead bench` measures."
 
 
 def _mb(size: int) -> str:

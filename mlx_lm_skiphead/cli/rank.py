@@ -34,11 +34,9 @@ def main() -> None:
     from .measure import Measurement
 
     try:
-        if "OMPI_COMM_WORLD_RANK" in os.environ:
-            # `strict`, or each rank would be alone where MLX does not find the library.
-            group = mx.distributed.init(strict=True, backend="mpi")
-        else:
-            group = mx.distributed.init()
+        # `strict`, or each rank would be alone where MLX does not find the library of MPI.
+        is_mpi = "OMPI_COMM_WORLD_RANK" in os.environ
+        group = mx.distributed.init(strict=is_mpi, backend="mpi" if is_mpi else "any")
         say(result=Measurement(task, group, say).run())
     except (ValueError, OSError) as error:  # a model that is not there or cannot be pipelined
         say(error=str(error))

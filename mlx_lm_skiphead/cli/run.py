@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import VARIABLE, requested_mode
-from .arguments import Unusable, new_command
+from .shared import Unusable, new_command
 
 CHILDREN = str(Path(__file__).with_name("children"))
 """The folder of the ``sitecustomize`` of child processes."""

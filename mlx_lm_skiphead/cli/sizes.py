@@ -15,11 +15,11 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from ..weights.on_disk import size_of, unused
 from . import downloads
-from .arguments import Unusable
-from .core import size_of, unused
 from .models import Split, split
 from .ranks import role
+from .shared import Unusable
 
 BLOCK = 256
 """Tokens of the prompts from which the size of a cache is known; a multiple of all steps."""
@@ -106,10 +106,9 @@ def plan(
 def _reads(part: Split, embedding: Any, batch: int) -> int:
     """Bytes that a step reads of the layers of a rank."""
     config, total = part.config, 0.0
-    used = None
-    for place in (config, config.get("text_config", {}), config.get("language_config", {})):
-        for key in ("num_experts_per_tok", "num_experts_per_token"):
-            used = used or place.get(key)
+    places = config, config.get("text_config", {}), config.get("language_config", {})
+    keys = "num_experts_per_tok", "num_experts_per_token"
+    used = next((place[key] for place in places for key in keys if place.get(key)), None)
     for module in part.stage.modules():
         if module is embedding:
             continue  # one row of it, on one rank

@@ -32,7 +32,7 @@ from . import watch
 log = logging.getLogger("mlx_lm_skiphead")
 
 PROTOCOL = 5
-"""Of `_exchanged`: plugins of another one must not get as far as that."""
+"""Of `exchanged`: plugins of another one must not get as far as that."""
 MARK = 4096 + PROTOCOL
 """What a rank with the plugin adds to the sum besides its one. Sums of it are exact in float32, for
 up to 4,000 ranks; and of two protocols no mixture is a multiple of either."""
@@ -73,7 +73,7 @@ def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: An
         with watch.watched(lambda seconds: f"{here}: {seconds:.0f} s for all ranks to have loaded"):
             _check_sum(int(total.item()) - ranks, ranks)
             settings = _settings()
-            by_rank = _exchanged(settings | {k: v for tell, _ in told for k, v in tell().items()})
+            by_rank = exchanged(settings | {k: v for tell, _ in told for k, v in tell().items()})
             _check_settings([{name: said[name] for name in settings} for said in by_rank])
     except SkipheadError as error:
         log.critical("%s", error)
@@ -114,7 +114,7 @@ def _settings() -> dict[str, str]:
     }
 
 
-def _exchanged(settings: dict[str, str]) -> list[dict[str, str]]:
+def exchanged(settings: dict[str, str]) -> list[dict[str, str]]:
     """The settings of all ranks, by rank.
 
     Raises:

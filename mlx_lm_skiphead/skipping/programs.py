@@ -75,7 +75,7 @@ def _guarded(run: Run, function: Sampling, otherwise: Sampling) -> Sampling:
         run.step.is_programs |= is_programs
         try:
             with _calling(run, "a sampler or a logits processor"):
-                return function(*args)
+                given = function(*args)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or not run.skips:
                 raise  # without a share in the way, as upstream
@@ -83,6 +83,9 @@ def _guarded(run: Run, function: Sampling, otherwise: Sampling) -> Sampling:
                 run.step.key = random_key()
             run.step.errors[run.step.calls] = error
             return otherwise(*args)
+        if is_programs and isinstance(given, mx.array):
+            run.step.given.append(given)
+        return given
 
     return call
 

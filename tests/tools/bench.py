@@ -25,7 +25,7 @@ from rich.console import Console
 from mlx_lm_skiphead.cli import bench, rank, ranks
 from mlx_lm_skiphead.cli.formula import Link, token
 from mlx_lm_skiphead.cli.ranks import WAYS, Ranks
-from mlx_lm_skiphead.cli.tables import table
+from mlx_lm_skiphead.cli.shared import table
 
 LINKS = Path(__file__).with_name("simulated_links.py")
 
@@ -168,8 +168,8 @@ def measure_alone(measured: Any) -> dict[str, Any]:
     from mlx_lm_skiphead.cli import links
 
     measured.say(step="links and ranks alone")
-    with links.Patience(measured.group.rank()) as patience, mx.stream(mx.cpu):
-        found = links.each_link(measured.group, patience)
+    with mx.stream(mx.cpu):
+        found = links.each_link(measured.group)
     rates = [max(link["there_mb_s"], link["back_mb_s"]) * 8e-3 for link in found]
     latency = statistics.mean([link["latency_ms"] for link in found] or [0.0])
     times = [_alone(measured, case) for case in measured.task["cases"]]

@@ -8,8 +8,8 @@ where unpatched always gives the same others. (On CUDA it need not: near-ties of
 often each answer came is printed for both ways; all ranks must have the same.) ``--sampler`` says
 how ids are taken from logits; ``own`` looks at the logits in Python, within each step.
 
-It relies on mlx-lm and on the public names of the plugin only; ``--way unpatched`` does not even
-import it. `watch` and `Progress` serve other programs of ranks too.
+It relies on mlx-lm and on the public names of the plugin only; ranks of ``--way unpatched`` do not
+even import it. `watch` and `Progress` serve other programs of ranks too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import mmap
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -79,10 +78,13 @@ def watch(
     Their output is this process's. `stall` is how many seconds a step may take, `tell` after how
     many to print where the ranks are.
     """
+    from mlx_lm_skiphead.cli.ranks import free_ports
+
     with tempfile.TemporaryDirectory(prefix="watch-") as name, contextlib.ExitStack() as open_:
         folder = Path(name)
         hosts = folder / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(ranks)]))
+        first = free_ports(ranks)
+        hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(ranks)]))
         states = [folder / f"state-{rank}" for rank in range(ranks)]
         processes = []
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -182,14 +184,6 @@ def _say(text: str) -> None:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def model_folder(head: str, folder: Path) -> Path:

@@ -22,6 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_lm_skiphead.cli.ranks import free_ports
+
 CONNECT_SECONDS = 120.0
 """How long a proxy waits for a rank that has yet to listen."""
 
@@ -134,10 +136,8 @@ def main() -> int:
     given = parser.parse_args()
     with contextlib.ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(given.ranks)]
-        ports = [one.getsockname()[1] for one in sockets]
-        for one in sockets:
-            one.close()
+        first = free_ports(given.ranks)
+        ports = range(first, first + given.ranks)
         links = opened.enter_context(SlowLinks(ports, given.delay, given.rate))
         processes = []
         for rank in range(given.ranks):

@@ -1,10 +1,13 @@
-"""Types of command-line arguments, and the error for arguments that cannot be used."""
+"""What commands share: types of arguments, the error for what cannot be used, and tables."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
+
+from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -63,3 +66,20 @@ def listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
 def one_line(error: BaseException) -> str:
     """The type and the message of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], is_text: bool = False
+) -> Table:
+    """A table of `rows`. Columns are aligned to the right, or to the left if they have text."""
+    made = Table(title=title)
+    for column in columns:
+        made.add_column(column, justify="left" if is_text or column == "role" else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def both(by_way: Mapping[str, float], digits: int = 1, unit: float = 1.0) -> str:
+    """The value without the plugin and the one with it: ``"254.9 → 141.6"``."""
+    return " → ".join(f"{by_way[way] / unit:,.{digits}f}" for way in ("unpatched", "plugin"))
