@@ -124,6 +124,7 @@ class Lab:
     def checkpoint(self, case, changes):
         """A folder with the case as a checkpoint, and a tokenizer; rank 0 writes it."""
         folder = self.folder / f"{case}-{zlib.crc32(repr(changes).encode())}"
+        tiny_models.architecture(case)  # also on the ranks that do not write it
         if not folder.exists():
             self.barrier()
             if self.rank == 0:

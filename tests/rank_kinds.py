@@ -192,6 +192,18 @@ def summed_bias(how, loop):
     return [list(steps(loop, processors=[processor])), after()]
 
 
+@kind()
+def summed_bias_not_used():
+    """A lazy sum over ranks in logits from which a grammar's forced ids do not come."""
+    forced = itertools.count(5)
+
+    def processor(tokens, logits):
+        return logits + mx.distributed.all_sum(mx.ones((1,)))
+
+    sampler = lambda logprobs: mx.array([next(forced)])  # noqa: E731
+    return [list(steps("generate", sampler, [processor])), after()]
+
+
 class Exchange:
     """Rank 0 writes a file at each call, and the other ranks wait for it, but not for ever."""
 

@@ -44,7 +44,15 @@ def sampler(run: Run, function: Sampling) -> Sampling:
 
 def processor(run: Run, function: Sampling) -> Sampling:
     """The logits processor `function`, whose failure waits for the share."""
-    return _guarded(run, function, lambda tokens, logits: logits)
+    guarded = _guarded(run, function, lambda tokens, logits: logits)
+
+    def call(*args: mx.array) -> mx.array:
+        logits = guarded(*args)
+        if run.step.is_programs and isinstance(logits, mx.array):
+            run.step.logits.append(logits)
+        return logits
+
+    return call
 
 
 def callback(run: Run, function: Callable[..., None] | None) -> Callable[..., None] | None:
@@ -75,7 +83,7 @@ def _guarded(run: Run, function: Sampling, otherwise: Sampling) -> Sampling:
         run.step.is_programs |= is_programs
         try:
             with _calling(run, "a sampler or a logits processor"):
-                given = function(*args)
+                return function(*args)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or not run.skips:
                 raise  # without a share in the way, as upstream
@@ -83,9 +91,6 @@ def _guarded(run: Run, function: Sampling, otherwise: Sampling) -> Sampling:
                 run.step.key = random_key()
             run.step.errors[run.step.calls] = error
             return otherwise(*args)
-        if is_programs and isinstance(given, mx.array):
-            run.step.given.append(given)
-        return given
 
     return call
 

@@ -99,8 +99,8 @@ class Step:
     """How often a sampler or a logits processor has been called."""
     is_programs: bool = False
     """Whether one of them was not mlx-lm's own."""
-    given: list[mx.array] = field(default_factory=list)
-    """The results of those that were not."""
+    logits: list[mx.array] = field(default_factory=list)
+    """What logits processors of the program's have given."""
     errors: dict[int, BaseException] = field(default_factory=dict)
     """The errors that they have raised, by the number of the call."""
     key: mx.array | None = None
@@ -230,7 +230,7 @@ class Run:
         if self.is_worker:
             # As upstream: other ranks may wait for a collective in it. mlx-lm's own samplers have
             # none, and no state but the random key, which is not to become a long chain.
-            mx.async_eval([tokens, *step.given] if step.is_programs else mx.random.state)  # type: ignore[no-untyped-call]
+            mx.async_eval([tokens, *step.logits] if step.is_programs else mx.random.state)  # type: ignore[no-untyped-call]
         shape = shape or step.hidden[-1].shape[:1]
         if tokens.size == math.prod(shape):
             shape = tokens.shape
@@ -253,11 +253,11 @@ class Run:
             else:
                 ids = tokens.flatten().astype(mx.uint32)
             parts = [ids, mx.array(words, mx.uint32), *(a.astype(mx.uint32) for a in compare)]
-            # A worker waits for its own sends and for nothing else, rank 0 for what it receives and
-            # for collectives in what the program gave, which its ids need not come from.
-            first = step.hidden if self.is_worker else [*step.hidden, *step.given]
+            # A worker waits for its own sends and for nothing else. Rank 0 waits for what it
+            # receives, and for collectives in processed logits: its ids need not come from them.
+            first = step.hidden if self.is_worker else [*step.hidden, *step.logits]
             mine = mx.depends(mx.concatenate(parts), first)
-        step.hidden, step.given = [], []
+        step.hidden, step.logits = [], []
         self._wait_on_host()
         args, options = step.gather
         # On the stream that upstream's sends and receives take too: their order is the protocol.
