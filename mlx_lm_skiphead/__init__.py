@@ -3,9 +3,8 @@
 With ``MLX_LM_SKIPHEAD=1`` in the environment of every rank, importing this package before or
 after mlx-lm is all. See `install` for switching it on in code, and README.md.
 
-To read the code, begin with families.py, head.py, sharing.py, loops.py, own_loop.py,
-dead_weights.py and loading.py, in this order. installing.py puts the one table of patches
-together from them.
+To read the code, begin with families.py, then skipping/: sharing.py, head.py, programs.py,
+loops.py, own_loop.py, speculation.py. installing.py puts the table of patches together.
 """
 
 from __future__ import annotations
