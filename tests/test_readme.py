@@ -55,7 +55,7 @@ def test_every_value_of_the_variable_is_named() -> None:
 def test_the_examples_work_on_two_ranks(
     name: str, plugin: str, real_model: Path, tmp_path: Path
 ) -> None:
-    (code,) = re.findall(rf"```python\n(# {name}\n.*?)```", README, re.DOTALL)
+    (code,) = re.findall(rf"```python\n(# {name}\b.*?)```", README, re.DOTALL)
     program = tmp_path / name
     program.write_text(code.replace("path/to/model", str(real_model)))
     environment = {"MLX_LM_SKIPHEAD": plugin}
