@@ -252,14 +252,14 @@ def test_a_part_that_is_missing_costs_only_itself(part, missing):
     """But for the one on which all others build."""
     run(
         f"""
-        import mlx.core, mlx_lm.utils, mlx_lm.generate, mlx_lm.models.qwen2
+        import mlx.core, mlx_lm.utils, mlx_lm.generate, mlx_lm.models.deepseek_v3
         import mlx_lm_skiphead
         del {missing}
         mlx_lm_skiphead.install()
         status = mlx_lm_skiphead.status()
         refused = status.parts.pop({part!r})
         assert refused.state == "refused" and refused.reason.startswith({missing!r}), refused
-        found = [*status.parts.values(), *status.loops.values(), status.families["qwen2"]]
+        found = [*status.parts.values(), *status.loops.values(), status.families["deepseek_v3"]]
         states = ["patched"] * 3 + ["{"refused" if part == "hidden broadcast" else "patched"}"] * 4
         assert [target.state for target in found] == states, found
         mlx_lm_skiphead.uninstall()

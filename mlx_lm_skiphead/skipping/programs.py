@@ -22,6 +22,9 @@ Sampling = Callable[..., mx.array]
 """A sampler, which gives ids ``(B,)`` of logprobs ``(B, V)``, or a logits processor, which gives
 logits ``(1, V)`` of the ids so far and logits."""
 
+NOT_PROGRAMS = ("mlx_lm.", "mlx_lm_skiphead.")
+"""The packages whose functions wait for no other rank, and keep no state but `mx.random`'s."""
+
 
 class Processors:
     """The program's logits processors, guarded. As upstream, they may change between two steps."""
@@ -70,7 +73,7 @@ def _guarded(run: Run, function: Sampling, otherwise: Sampling) -> Sampling:
 
     Only Ctrl-C at this rank ends it at once.
     """
-    is_programs = not written_in(function).startswith("mlx_lm.")
+    is_programs = not written_in(function).startswith(NOT_PROGRAMS)
 
     def call(*args: mx.array) -> mx.array:
         # Rank 0 calls nothing after a failure, as upstream. A worker does: its failure may be its

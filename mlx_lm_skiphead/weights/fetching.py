@@ -151,6 +151,8 @@ class _Loading(threading.local):
     """The checkpoint's."""
     part: Part | None = None
     """What this rank uses, once that is known."""
+    has_files = False
+    """Whether the files of weights have been fetched; a model without any is made before."""
     model: Any = None
     """The model, as on_disk.py notes it."""
 
@@ -160,7 +162,7 @@ loading = _Loading()
 
 def absent(name: str, module: Module) -> Absent | None:
     """What stands for a module of the checkpoint that is being loaded, if it lacks a file of it."""
-    if not loading.is_open or loading.part is None:
+    if loading.part is None or not loading.has_files:
         return None
     index = weight_map(loading.folder)
     files = {index[key] for key in keys_of(name, loading.part.embedding, index)}
@@ -199,7 +201,7 @@ def on_download(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         kwargs = {**kwargs, "allow_patterns": sorted(loading.part.needed(files, index))}
     path = wrapped(*args, **kwargs)
     if loading.is_open:
-        loading.folder = os.path.abspath(path)
+        loading.folder, loading.has_files = os.path.abspath(path), loading.part is not None
     return path
 
 
