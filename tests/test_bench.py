@@ -205,7 +205,7 @@ def test_a_rank_that_is_killed(model):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     assert "mlx-lm-skiphead bench: " in errors and "rank 1" in errors
-    assert "both ways in turn" in output
+    assert "both ways in turn" in " ".join(output.split())  # a long path breaks the line
 
 
 @pytest.mark.parametrize(

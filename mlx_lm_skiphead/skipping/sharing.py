@@ -269,7 +269,9 @@ class Run:
             self._leave(share, step)
         # Where only this rank has failed it goes on with the step: all ranks must take the same
         # number of shares, and the others learn of it when they look at this one.
-        if not self.is_worker:
+        if not self.is_worker and self.stage is not None:
+            # Rank 0 goes on with its own ids; `finish` waits for the exchange. In a loop of one's
+            # own it is who looks at the ids that waits, lest rank 0 exits before that.
             mx.async_eval(everyone)  # type: ignore[no-untyped-call]
             return tokens
         with mx.stream(mx.cpu) if _waits_by_spinning() else nullcontext():
