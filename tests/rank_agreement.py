@@ -1,9 +1,9 @@
 """Run by test_agreement.py as a rank: loads a model where ranks disagree.
 
 Its arguments are the folder of a checkpoint and how this goes: "each" tries every disagreement in
-turn and reports the errors, anything else is the number of the rank that differs, a "+" and what
-`MLX_LM_SKIPHEAD` is there, a "/" and what it is elsewhere; then it generates, or with "server" and
-a port serves.
+turn and reports the errors, "alike" generates, anything else is the number of the rank that
+differs, a "+" and what `MLX_LM_SKIPHEAD` is there, a "/" and what it is elsewhere; then it
+generates, or does with `mlx-lm-skiphead run` what further arguments say.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import types
 import ranks
 
 rank = ranks.rank()
-folder, how, *server = sys.argv[1:]
-if how != "each":
+folder, how, *program = sys.argv[1:]
+if "+" in how:
     odd, _, values = how.partition("+")
     os.environ["MLX_LM_SKIPHEAD"] = values.split("/")[rank != int(odd)]
 
@@ -29,11 +29,10 @@ import mlx_lm_skiphead  # noqa: E402
 from mlx_lm_skiphead.patching import registry  # noqa: E402
 from mlx_lm_skiphead.ranks import agreement  # noqa: E402
 
-if server:
+if program:
     from mlx_lm_skiphead.cli import main
 
-    options = ["--model", folder, "--pipeline", "--port", server[1]]
-    sys.exit(main(["run", "mlx_lm.server", *options]))
+    sys.exit(main(["run", *program]))
 
 group = mx.distributed.init()
 

@@ -124,9 +124,10 @@ def test_ranks_that_disagree(checkpoint: Path) -> None:
 
 
 def test_ranks_that_disagree_end(checkpoint: Path) -> None:
-    """Also the one without the plugin, which waits for the other."""
+    """Also the one without the plugin, which waits for the other; with `run`."""
+    script = TESTS / "rank_agreement.py"
     done = ranks.launch(
-        *(TESTS / "rank_agreement.py", str(checkpoint), "0+1/0"),
+        *(script, str(checkpoint), "0+1/0", str(script), str(checkpoint), "alike"),
         **{"ranks": 2, "launcher": "mpirun", "timeout": 60, "check": False},
     )
     assert done.results == [None, None]
