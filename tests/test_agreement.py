@@ -105,10 +105,8 @@ def test_the_launch_ends(values, count, odd, folder):
 
 @pytest.mark.parametrize("odd", [0, 1])
 def test_a_server_ends(odd, folder):
-    """It loads in a thread, whose end would leave the ranks waiting."""
-    port = str(free_ports(1))
-    done = ranks.launch(
-        SCRIPT, folder, f"{odd}+1/0", "server", port, ranks=2, check=False, timeout=40
-    )
+    """It loads in a thread, whose end would leave the ranks waiting; with `run` they end."""
+    server = ["mlx_lm.server", "--model", folder, "--pipeline", "--port", str(free_ports(1))]
+    done = ranks.launch(SCRIPT, folder, f"{odd}+1/0", *server, ranks=2, check=False, timeout=40)
     assert done.seconds < 20
     assert f"on in 1 of 2 ranks, rank {odd} among them" in done.stderr and FIX in done.stderr
