@@ -73,8 +73,11 @@ def model_call(family: Family) -> Wrapper:
         run = this_thread.run
         if run is None or not forward.is_left_out:
             return out
-        if not is_called_by(LOOPS_MODULE, "mlx_lm.", "wrapt.", __package__):
-            run.begin()  # other packages have wrapped the model, or a loop is the user's own
+        # A loop of the user's own has begun it already (`Run.leave_out`).
+        if run.stage is not None and not is_called_by(
+            LOOPS_MODULE, "mlx_lm.", "wrapt.", __package__
+        ):
+            run.begin()  # other packages have wrapped the model
         flat: Any = tree_flatten([out])
         run.step.vocabulary = next(a.shape[-1] for _, a in flat if isinstance(a, mx.array))
         if not run.is_worker:
