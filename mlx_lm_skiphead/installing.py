@@ -205,7 +205,10 @@ def _patch(group: str, module: ModuleType) -> Outcome:
             return Outcome(Target("refused", f"{reason} imported, call install() after that"))
         if family.is_alias:
             base = sys.modules[BY_NAME[family.base].module]
-            return Outcome(_alias(module, base), bases=(family.base,))
+            calls = {inspect.getattr_static(m.Model, "__call__", None) for m in (module, base)}
+            reason = f"expected a Model with {base.__name__}.Model.__call__, found {module.Model!r}"
+            state = Target("patched") if len(calls) == 1 else Target("refused", reason)
+            return Outcome(state, bases=(family.base,))
         if not drift.is_pipelined(module):
             return Outcome(Target("not pipelined"))
     rows = [row for row in table() if row.group == group]
@@ -214,18 +217,6 @@ def _patch(group: str, module: ModuleType) -> Outcome:
             return Outcome(Target("refused", reason))
     bases = tuple({row.base for row in rows} - {""})
     return Outcome(Target("patched"), tuple(map(Handle, rows)), bases)
-
-
-def _alias(module: ModuleType, base: ModuleType) -> Target:
-    """Whether `Model` of `module` is covered by what is patched in `base`."""
-    model = module.Model
-    if not issubclass(model, base.Model):
-        expected = f"{module.__name__}.Model to be a {base.__name__}.Model, found {model!r}"
-    elif model is not base.Model and "__call__" in vars(model):
-        expected = f"{module.__name__}.Model to inherit __call__, found one of its own"
-    else:
-        return Target("patched")
-    return Target("refused", f"expected {expected}")
 
 
 def _take_out(handles: tuple[Handle, ...]) -> None:

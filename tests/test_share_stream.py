@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import ranks
 
-from mlx_lm_skiphead.skipping.sharing import FINE, Share
+from mlx_lm_skiphead.skipping.sharing import FINE, Note, Share, Step
 
 SCRIPT = Path(__file__).with_name("rank_stream.py")
 
@@ -19,13 +19,14 @@ def test_a_share_does_not_wait_for_other_work_of_a_worker() -> None:
 
 
 def test_to_look_at_a_share_does_not_wait_for_the_next_step() -> None:
-    everyone, numbers = mx.array([7, FINE, 0, FINE], mx.uint32), mx.random.normal((1 << 22,))
+    everyone = mx.array([7, FINE, 5, 0, FINE, 5], mx.uint32)
+    numbers = mx.random.normal((1 << 22,))
     mx.eval(everyone, numbers)
     with mx.stream(mx.new_stream(mx.cpu)):
         step = mx.sort(numbers)
         mx.async_eval(step)
         began = time.perf_counter()
-        assert Share(everyone, 1, 2, None).rows() == [[7, FINE], [0, FINE]]
+        assert Share(everyone, 1, 3, Step()).notes() == [Note(FINE, 5, []), Note(FINE, 5, [])]
         looked = time.perf_counter() - began
         mx.eval(step)
         assert looked < (time.perf_counter() - began) / 4

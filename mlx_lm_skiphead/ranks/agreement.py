@@ -31,7 +31,7 @@ from . import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Of `exchanged`: plugins of another one must not get as far as that."""
 MARK = 4096 + PROTOCOL
 """What a rank with the plugin adds to the sum besides its one. Sums of it are exact in float32, for

@@ -19,7 +19,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import config
 from ..families import LOOPS_MODULE, stage_in
 from ..patching import drift
 from ..patching.handles import Patch
@@ -42,7 +41,7 @@ def run_of(model: Any, prompt: Iterable[int]) -> Run | None:
         model: as mlx-lm loads it.
         prompt: the ids that all ranks should have been given.
     """
-    stage = None if config.active == "off" else stage_in(model)
+    stage = stage_in(model)
     if stage is None:
         return None
     return Run(stage, stage.pipeline_rank, zlib.crc32(array("q", prompt).tobytes()))
@@ -63,7 +62,7 @@ def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -
         "logits_processors": programs.Processors(run, given["logits_processors"]),
         "prompt_progress_callback": programs.callback(run, given["prompt_progress_callback"]),
     }
-    return steps(run, wrapped, given | changed, (args, kwargs), in_flight=1)
+    return steps(run, wrapped, given | changed, in_flight=1)
 
 
 def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -200,7 +199,7 @@ def begin(wrapped: Wrapped, args: Args, kwargs: Kwargs) -> tuple[Kwargs, Run | N
 
 
 def steps(
-    run: Run, wrapped: Wrapped, changed: Kwargs, upstream: tuple[Args, Kwargs], in_flight: int
+    run: Run, wrapped: Wrapped, changed: Kwargs, in_flight: int
 ) -> Generator[Any, None, None]:
     """The loop with `changed` arguments, each step of it built inside `run`; the last is finished.
 
@@ -208,13 +207,8 @@ def steps(
         run: the generation.
         wrapped: upstream's loop.
         changed: its arguments.
-        upstream: the arguments of the call, for a generation that begins when the plugin has been
-            uninstalled.
         in_flight: how many shares the loop has begun and not waited for when it yields.
     """
-    if config.active == "off":
-        yield from wrapped(*upstream[0], **upstream[1])
-        return
     loop = wrapped(**changed)
     # mlx-lm 0.31 has the one stream of the module in place of the parameter.
     stream = changed.get("stream") or inspect.unwrap(wrapped).__globals__["generation_stream"]

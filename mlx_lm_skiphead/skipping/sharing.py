@@ -30,7 +30,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -116,7 +116,7 @@ class Run:
         prompt: a checksum of the ids of the prompt, which the ranks compare.
     """
 
-    def __init__(self, stage: Any, rank: int, prompt: int | None = None) -> None:
+    def __init__(self, stage: Any, rank: int, prompt: int = 0) -> None:
         self.stage = stage
         self.rank = rank
         self.step = Step()
@@ -205,7 +205,7 @@ class Run:
             mx.eval(self._ids)
 
     def share(
-        self, tokens: mx.array, shape: tuple[int, ...] = (), compare: tuple[mx.array, ...] = ()
+        self, tokens: mx.array, shape: tuple[int, ...] = (), drafts: Sequence[mx.array] = ()
     ) -> mx.array:
         """Give every rank the ids that rank 0 sampled: the token share, which ends the step.
 
@@ -216,7 +216,7 @@ class Run:
             tokens: the ids that this rank has sampled; only rank 0's count.
             shape: the shape that they must have; by default ``(B,)`` of the forward pass. A
                 worker's sampler may give another one, having seen NaN.
-            compare: ids of shape ``(M,)`` that should be the same on all ranks (`Share.compared`).
+            drafts: ids ``(1,)``, which should be the same on all ranks (`Note.drafts`).
 
         Returns:
             Rank 0's ids on every rank, in the type of `tokens`.
@@ -241,9 +241,7 @@ class Run:
                 )
                 step.errors[step.calls] = ValueError(text)
             tokens = mx.zeros(shape, mx.uint32)
-        words = [FAILED + next(iter(step.errors)) % FAILED_CALLS if step.errors else FINE]
-        if has_prompt := self._prompt is not None:
-            words.append(self._prompt)
+        word = FAILED + next(iter(step.errors)) % FAILED_CALLS if step.errors else FINE
         # On the CPU's stream, where the collective is: a GPU is waited for once, as for upstream's
         # broadcast.
         with mx.stream(mx.cpu):
@@ -252,7 +250,8 @@ class Run:
                 ids = mx.array([0] * tokens.size, mx.uint32)
             else:
                 ids = tokens.flatten().astype(mx.uint32)
-            parts = [ids, mx.array(words, mx.uint32), *(a.astype(mx.uint32) for a in compare)]
+            note = mx.array([word, self._prompt], mx.uint32)
+            parts = [ids, note, *(draft.astype(mx.uint32) for draft in drafts)]
             # A worker waits for its own sends and for nothing else. Rank 0 waits for what it
             # receives, and for collectives in processed logits: its ids need not come from them.
             first = step.hidden if self.is_worker else [*step.hidden, *step.logits]
@@ -262,11 +261,11 @@ class Run:
         args, options = step.gather
         # On the stream that upstream's sends and receives take too: their order is the protocol.
         everyone = self.last = mx.distributed.all_gather(mine, *args, **options)
-        share = Share(everyone, tokens.size, mine.size, step, has_prompt)
+        share = Share(everyone, tokens.size, mine.size, step)
         self.shares.append(share)
-        self._steps, self._batch, self._prompt = self._steps + 1, tokens.size, None
-        if step.errors and FINE not in share.words():
-            self._leave(share, step)
+        self._steps, self._batch, self._prompt = self._steps + 1, tokens.size, 0
+        if step.errors and all(note.word != FINE for note in share.notes()):
+            self._leave(step, share.notes()[0].word)
         # Where only this rank has failed it goes on with the step: all ranks must take the same
         # number of shares, and the others learn of it when they look at this one.
         if not self.is_worker and self.stage is not None:
@@ -299,10 +298,10 @@ class Run:
             in_flight += 2  # rank 0 has nothing to wait for: what it looks at is there by then
         while len(self.shares) > in_flight:
             share = self.shares.popleft()
-            self._compare_prompts(share)
-            step = share.step
-            if (self.is_worker or step.errors) and share.words()[0] != FINE:
-                self._leave(share, step)
+            notes, step = share.notes(), share.step
+            _compare_prompts(notes)
+            if notes[0].word != FINE:
+                self._leave(step, notes[0].word)
             if step.errors and not self._has_warned:
                 self._has_warned = True
                 log.warning(
@@ -311,14 +310,14 @@ class Run:
                     next(iter(step.errors.values())),
                 )
 
-    def _compare_prompts(self, share: Share) -> None:
-        prompts = share.prompts()
-        if others := [str(rank) for rank, prompt in enumerate(prompts) if prompt != prompts[0]]:
-            log.warning(OTHER_PROMPT.format(" and ".join(others)))
+    def _leave(self, step: Step, word: int) -> NoReturn:
+        """Raise the error of the call that failed on rank 0; `mx.random` is what it was there.
 
-    def _leave(self, share: Share, step: Step) -> NoReturn:
-        """Raise the error of the call that failed on rank 0; `mx.random` is what it was there."""
-        error = step.errors.get(share.words()[0] % FAILED_CALLS)
+        Args:
+            step: the step in which it failed.
+            word: rank 0's of that step.
+        """
+        error = step.errors.get(word % FAILED_CALLS)
         if self.is_worker and step.key is not None:
             key: Any = step.key.tolist()
             mx.random.seed(key[0] << 32 | key[1])
@@ -344,46 +343,51 @@ class Run:
                 self.last = None
                 mx.synchronize(stream)
             for share in self.shares:
-                self._compare_prompts(share)
+                _compare_prompts(share.notes())
+
+
+class Note(NamedTuple):
+    """What a rank gives in a share beside its ids."""
+
+    word: int
+    """`FINE`, or `FAILED` and the number of a call."""
+    prompt: int
+    """The checksum of its prompt in the first share of a generation, then 0."""
+    drafts: list[int]
+    """The ids that its draft model has proposed in this step (speculation.py)."""
 
 
 class Share(NamedTuple):
-    """A token share in flight: of each rank its ids, its word, and what the ranks compare."""
+    """A token share in flight: of each rank its ids and its note."""
 
     everyone: mx.array
     size: int
     """How many ids a rank gives."""
     width: int
-    """How many numbers."""
+    """How many numbers a rank gives, with those of its note."""
     step: Step
-    has_prompt: bool = False
-    """Whether the number behind the word is the checksum of a prompt."""
 
-    def rows(self) -> list[list[int]]:
-        """The numbers of each rank. Waits for them.
+    def notes(self) -> list[Note]:
+        """The note of each rank. Waits for them.
 
         Raises:
             RuntimeError: if a rank has sent something else.
         """
         # No operation of MLX, which would wait behind the step that has been begun since then.
         numbers: Any = self.everyone.tolist()
-        rows = [numbers[at : at + self.width] for at in range(0, len(numbers), self.width)]
-        for rank, row in enumerate(rows):
-            if row[self.size] != FINE and row[self.size] // FAILED_CALLS != FAILED // FAILED_CALLS:
-                raise RuntimeError(NO_SHARE.format(rank))
-        return rows
+        notes: list[Note] = []
+        for start in range(0, len(numbers), self.width):
+            word, prompt, *drafts = numbers[start + self.size : start + self.width]
+            if word != FINE and word // FAILED_CALLS != FAILED // FAILED_CALLS:
+                raise RuntimeError(NO_SHARE.format(len(notes)))
+            notes.append(Note(word, prompt, drafts))
+        return notes
 
-    def words(self) -> list[int]:
-        """The word of each rank. Waits for them."""
-        return [row[self.size] for row in self.rows()]
 
-    def prompts(self) -> list[int]:
-        """The checksum of each rank's prompt, in the first share of a generation. Waits for it."""
-        return [row[self.size + 1] for row in self.rows()] if self.has_prompt else []
-
-    def compared(self) -> list[list[int]]:
-        """The numbers behind these, by rank. Waits for them."""
-        return [row[self.size + 1 + self.has_prompt :] for row in self.rows()]
+def _compare_prompts(notes: list[Note]) -> None:
+    others = [str(rank) for rank, note in enumerate(notes) if note.prompt != notes[0].prompt]
+    if others:
+        log.warning(OTHER_PROMPT.format(" and ".join(others)))
 
 
 def not_computed(array: mx.array) -> mx.array:

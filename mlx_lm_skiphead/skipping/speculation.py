@@ -38,7 +38,7 @@ def speculative_generate_step(wrapped: Wrapped, instance: Any, args: Args, kwarg
         "sampler": checked.sample,
         "logits_processors": Processors(run, given["logits_processors"]),
     }
-    return steps(run, wrapped, given | changed, (args, kwargs), in_flight=0)
+    return steps(run, wrapped, given | changed, in_flight=0)
 
 
 class _Checked:
@@ -94,7 +94,7 @@ class _Checked:
 
     def _share(self, ids: mx.array, count: int) -> mx.array:
         drafts, self._drafts = self._drafts, []
-        shared = self._run.share(ids, (count,), tuple(drafts))
+        shared = self._run.share(ids, (count,), drafts)
         self._first = self._first or self._run.shares[-1]
         return shared
 
@@ -104,9 +104,9 @@ class _Checked:
         Waits for the shares of the step, as upstream does next.
         """
         assert self._first is not None
-        drafts, self._first = self._first.compared(), None
+        drafts, self._first = [note.drafts for note in self._first.notes()], None
         self._run.check(in_flight=0)
-        if any(draft != drafts[0] for draft in drafts):
+        if any(ids != drafts[0] for ids in drafts):
             self._run.has_failed = True
             raise RuntimeError(DRAFTS_DIFFER.format(drafts))
 

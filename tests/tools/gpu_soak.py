@@ -6,7 +6,8 @@ printed every few seconds. If a rank ends no step for a while, the stacks of all
 rank are printed, the ranks are killed, and the exit code is 1; so it is if the plugin gives tokens
 where unpatched always gives the same others. (On CUDA it need not: near-ties of random weights. How
 often each answer came is printed for both ways; all ranks must have the same.) ``--sampler`` says
-how ids are taken from logits; ``own`` looks at the logits in Python, within each step.
+how ids are taken from logits; ``own`` looks at the logits in Python, within each step, and
+``processor`` is greedy behind a logits processor that does so.
 
 It relies on mlx-lm and on the public names of the plugin only; ranks of ``--way unpatched`` do not
 even import it. `watch` and `Progress` serve other programs of ranks too.
@@ -41,7 +42,7 @@ HEADS = {
     "4bit": "262144x3840-4bit",
 }
 WAYS = ("unpatched", "plugin")
-SAMPLERS = ("greedy", "temperature", "own")
+SAMPLERS = ("greedy", "temperature", "own", "processor")
 STRETCH = 500  # tokens of one generation
 STARTING = 240.0
 """Seconds that a rank may be at something that is no step: loading, compiling kernels."""
@@ -214,15 +215,22 @@ def eager_argmax(logprobs: Any) -> Any:
     return mx.array(mx.argmax(logprobs, axis=-1).tolist(), dtype=mx.uint32)
 
 
-def sampler_named(name: str) -> Any:
-    """One of `SAMPLERS`; None is mlx-lm's own default, which is greedy."""
+def halve(tokens: Any, logits: Any) -> Any:
+    """A logits processor that looks at the logits `(1, V)` as it is called, and gives others."""
+    return logits / 2 if logits[0, 0].item() else logits
+
+
+def sampling_named(name: str) -> dict[str, Any]:
+    """One of `SAMPLERS`, as arguments of a loop; without one mlx-lm's own default is greedy."""
     from mlx_lm.sample_utils import make_sampler
 
-    return {"greedy": None, "temperature": make_sampler(0.8), "own": eager_argmax}[name]
+    if name == "processor":
+        return {"logits_processors": [halve]}
+    return {"sampler": {"temperature": make_sampler(0.8), "own": eager_argmax}.get(name)}
 
 
 def decode(
-    model: Any, vocabulary: int, batch: int, tokens: int, sampler: Any
+    model: Any, vocabulary: int, batch: int, tokens: int, sampling: dict[str, Any]
 ) -> Iterator[list[int]]:
     """The ids of each step, one for each of a batch, through mlx-lm's own loops."""
     import importlib
@@ -234,8 +242,8 @@ def decode(
     mx.random.seed(0)  # each stretch samples alike
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))  # all ranks begin at once
     if batch == 1:
-        steps = loops.generate_step(mx.array(prompts[0]), model, max_tokens=tokens, sampler=sampler)
-        for token, _ in steps:
+        prompt = mx.array(prompts[0])
+        for token, _ in loops.generate_step(prompt, model, max_tokens=tokens, **sampling):
             yield [token]
     else:
         generator = loops.BatchGenerator(
@@ -243,7 +251,7 @@ def decode(
             completion_batch_size=batch,
             prefill_batch_size=batch,
             stop_tokens=[],
-            sampler=sampler,
+            **sampling,
         )
         uids = generator.insert(prompts, max_tokens=[tokens] * batch)
         while responses := generator.next_generated():
@@ -272,7 +280,7 @@ def soak(model: str, ways: list[str], batches: list[int], steps: int, sampling: 
     if "plugin" in ways:
         choose("plugin")
     loaded, vocabulary = load(model)
-    sampler = sampler_named(sampling)
+    given = sampling_named(sampling)
     times: dict[tuple[str, int], list[float]] = {
         key: [] for key in itertools.product(ways, batches)
     }
@@ -286,7 +294,7 @@ def soak(model: str, ways: list[str], batches: list[int], steps: int, sampling: 
             where = f"{way}, batch {batch}"
             progress(where)
             ids, start = [], 0.0
-            for step, row in enumerate(decode(loaded, vocabulary, batch, length, sampler)):
+            for step, row in enumerate(decode(loaded, vocabulary, batch, length, given)):
                 ids.append(row)
                 if step > 1:  # kernels have been compiled
                     progress(where, done + step)
