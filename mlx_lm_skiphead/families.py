@@ -10,9 +10,10 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 LOOPS_MODULE = "mlx_lm.generate"
+"""mlx-lm's module with the generation loops."""
 LOADING_MODULE = "mlx_lm.utils"
+"""mlx-lm's module with `sharded_load`."""
 MODELS_PACKAGE = "mlx_lm.models"
-"""Where mlx-lm has its generation loops, and `sharded_load`."""
 
 
 class Family(NamedTuple):
@@ -40,8 +41,8 @@ class Family(NamedTuple):
     """From the pipelined model to the embedding, which is the head too where the two are tied."""
 
     base: str = ""
-    """The family that this one builds on: it has the pipelined class of that one, or, where it
-    names none (`is_alias`), its `Model` is that one's or inherits from it."""
+    """The family whose pipelined class this one uses. Without a `stage_class` (`is_alias`) the
+    `Model` too is the base family's, or inherits from it."""
 
     @property
     def module(self) -> str:

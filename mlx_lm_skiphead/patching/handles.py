@@ -23,17 +23,17 @@ class Patch(NamedTuple):
     """A row of the table of patches."""
 
     group: str
-    """What it belongs to: the patches of a group are put in place together or not at all."""
+    """The name of its group; the patches of a group are put in place together or not at all."""
     module: str
-    """Where the target is: a module ..."""
+    """The module that has the target."""
     path: str
-    """... and an attribute path in it."""
+    """The attribute path of the target in that module."""
     wrapper: Any
     """A `Wrapper` of the target; or a data descriptor, for an attribute of a class's instances."""
     needs: Callable[[Any], str]
-    """Is given the target; says what was expected and what was found, or ""."""
+    """A check of the target: gives "", or a message with what was expected and what was found."""
     lost: str
-    """What is lost where it cannot be put in place."""
+    """The consequence of leaving the target unpatched."""
     base: str = ""
     """The group without which this one is of no use."""
 
@@ -77,10 +77,10 @@ class Handle:
         return f"{self.row.module}.{self.row.path}"
 
     def displaced_by(self) -> str:
-        """What has taken its place, or "" while it is among what sits there.
+        """A sentence about what has displaced this patch, or "" while it is still in place.
 
-        Only for information. A function of another package that sits on top may call it or not, and
-        one without ``__wrapped__`` looks like a replacement also where it does.
+        For information only: another package's function on top may call the patch or not. One
+        without ``__wrapped__`` looks like a replacement even if it calls the patch.
         """
         try:
             owner, attribute = self.row.locate()

@@ -37,7 +37,7 @@ class Target(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a group of patches, when they were put in place."""
+    """The result of putting a group of patches in place."""
 
     target: Target
     handles: tuple[Handle, ...] = ()
@@ -50,7 +50,7 @@ outcomes: dict[str, Outcome] = {}
 
 
 def target(group: str) -> Target:
-    """What is so now of a group of patches, and of what it builds on."""
+    """The present state of a group of patches, and of the groups that it builds on."""
     with lock:
         own = outcomes.get(group, Outcome(Target("off")))
         for outcome in (own, *(outcomes.get(b, Outcome(Target("off"))) for b in own.bases)):

@@ -32,10 +32,11 @@ from . import watch
 log = logging.getLogger("mlx_lm_skiphead")
 
 PROTOCOL = 6
-"""Of `exchanged`: plugins of another one must not get as far as that."""
+"""The version of what ranks send each other. Being part of `MARK`, it tells two versions apart
+before they exchange anything that only one of them understands."""
 MARK = 4096 + PROTOCOL
-"""What a rank with the plugin adds to the sum besides its one. Sums of it are exact in float32, for
-up to 4,000 ranks; and of two protocols no mixture is a multiple of either."""
+"""The number that a rank with the plugin adds to the sum, besides its one. Its sums are exact in
+float32 for up to 4,000 ranks. The marks of two protocols never add up to a multiple of either."""
 SETTINGS_BYTES = 4096
 FOR_ALL = (
     f"All ranks must have the same {config.VARIABLE}: set it for all, as in mlx.launch --env "
@@ -44,9 +45,9 @@ FOR_ALL = (
 )
 
 
-told: list[tuple[Callable[[], dict[str, str]], Callable[[list[dict[str, str]]], None]]] = []
-"""What else the ranks tell each other where a model loads, in pairs: a function that gives what
-this rank says, by name, and one that is given what all have said, by rank."""
+topics: list[tuple[Callable[[], dict[str, str]], Callable[[list[dict[str, str]]], None]]] = []
+"""Other modules' topics of the exchange where a model loads, in pairs of functions: one gives this
+rank's facts by name, the other is given the facts of all ranks."""
 
 
 def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -73,12 +74,12 @@ def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: An
         with watch.watched(lambda seconds: f"{here}: {seconds:.0f} s for all ranks to have loaded"):
             _check_sum(int(total.item()) - ranks, ranks)
             settings = _settings()
-            by_rank = exchanged(settings | {k: v for tell, _ in told for k, v in tell().items()})
+            by_rank = exchanged(settings | {k: v for tell, _ in topics for k, v in tell().items()})
             _check_settings([{name: said[name] for name in settings} for said in by_rank])
     except SkipheadError as error:
         log.critical("%s", error)
         raise
-    for _, hear in told:
+    for _, hear in topics:
         hear(by_rank)
     watch.agreed = True
     return mx.array(float(ranks))
@@ -100,7 +101,7 @@ def _check_sum(marks: int, ranks: int) -> None:
 
 
 def _settings() -> dict[str, str]:
-    """In what ranks must agree besides, as names and values."""
+    """The settings in which ranks must agree, by name."""
     from .. import __version__
 
     states = {name: registry.target(name).state for name in registry.outcomes}

@@ -31,7 +31,7 @@ from ..weights import on_disk
 from .sharing import Run, not_computed
 
 BROADCAST = "hidden broadcast"
-"""The group of the one patch without which no other is of use."""
+"""The group of the one patch that all others need."""
 
 
 class Forward:
@@ -45,11 +45,11 @@ class Forward:
             and not _is_of_run(stage)
             and caller(LOOPS_MODULE) is None
         )
-        """Whether it gives these in place of logits."""
+        """Whether the call gives the final hidden states in place of logits."""
         self.hidden: Any = None
-        """The final hidden states ``(B, L, H)``, as the pipelined model gives them."""
+        """The final hidden states ``(B, L, H)`` that the pipelined model has given."""
         self.is_left_out = False
-        """Whether they were not broadcast."""
+        """Whether the hidden broadcast was left out."""
 
 
 def model_call(family: Family) -> Wrapper:
@@ -129,20 +129,20 @@ PATCHES = (
 
 
 def patches(family: Family) -> tuple[Patch, ...]:
-    """What ends the head of `family`, and looks at its hidden states."""
+    """The patches of `family`: of its head, and of its pipelined model, which feeds the head."""
     row = (family.name, family.module)
     path = f"{family.head_class}.__call__"
     head = Patch(*row, path, model_call(family), drift.runs_head, _LOST, family.base or BROADCAST)
-    if family.base:  # which has the other
+    if family.base:  # the patch of the pipelined model is the base family's
         return (head,)
     path = f"{family.stage_class}.__call__"
     return (Patch(*row, path, stage_call, drift.broadcasts, _LOST, BROADCAST), head)
 
 
 def _is_hidden_broadcast(stage: Any) -> bool:
-    """Whether a method of `stage` is what calls ``all_gather``; of any stage, if that is None.
+    """Whether a method of `stage` calls ``all_gather``; of any stage, if `stage` is None.
 
-    By what happens, and not by what sits on an attribute: other packages may have wrapped
+    Frames of the stack tell. An attribute would not: other packages may have wrapped
     ``all_gather``, on one rank only, and each of their functions is in between.
     """
     frame: FrameType | None = sys._getframe(2)

@@ -1,9 +1,9 @@
 """Functions of the program's that a loop calls: samplers, logits processors and callbacks.
 
-They run on every rank, as upstream, so that what they keep, and `mx.random`, stay in step. What
-they see is upstream's mlx-lm: a model that they call is not a step of the loop. Where one raises,
-the step goes on: the other ranks must not wait for a share that never comes. Whether all ranks have
-failed then shows in the share (`Run.share`, `Run.check`).
+They run on every rank, as upstream, so that their state, and that of `mx.random`, stays the same on
+all ranks. A model that they call runs as upstream, with its head: such a call is no step of the
+loop. Where one of them raises, the step goes on, so that the other ranks do not wait for a share
+that never comes. The share then shows whether all ranks have failed (`Run.share`, `Run.check`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a rank need not fetch, and what stands in its place.
+"""Files of weights that a rank need not fetch, and the modules that stand for missing ones.
 
 mlx-lm's `sharded_load` lets each rank fetch the files of its layers and every file with a weight
 outside the layers. Of these a rank needs none that has only what it never uses in mlx-lm's loops.
@@ -50,7 +50,7 @@ class Part(NamedTuple):
     ``lm_head``."""
 
     def needed(self, files: Iterable[str], weight_map: dict[str, str]) -> set[str]:
-        """Those of `files` that have what this rank uses, or what is not known."""
+        """The files among `files` with a weight that this rank uses, or with an unknown one."""
         unused = {key for name in self.unused for key in keys_of(name, self.embedding, weight_map)}
         layers = {key: int(m[1]) for key in weight_map if (m := _LAYER.search(key))}
         unused |= {key for key, layer in layers.items() if layer not in self.layers}
@@ -134,7 +134,7 @@ class Absent(Module):
 
 
 class _Name(str):
-    """The name of no weight; where a name is looked at in order to read one, it is an error."""
+    """A name in the place of a weight's: whoever looks at it in order to read the weight fails."""
 
     def startswith(self, *args: Any) -> bool:
         if loading.is_open:  # mlx-lm evaluates the whole model there
@@ -161,7 +161,7 @@ loading = _Loading()
 
 
 def absent(name: str, module: Module) -> Absent | None:
-    """What stands for a module of the checkpoint that is being loaded, if it lacks a file of it."""
+    """The stand-in for a module of the checkpoint that is being loaded; None if its files exist."""
     if loading.part is None or not loading.has_files:
         return None
     index = weight_map(loading.folder)
@@ -182,7 +182,7 @@ def absent(name: str, module: Module) -> Absent | None:
 
 
 def on_sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of `mlx_lm.utils.sharded_load`: what is loaded is known while it lasts."""
+    """The wrapper of `mlx_lm.utils.sharded_load`: `loading` describes the call while it lasts."""
     vars(loading).update(is_open=True, repo=str(args[0] if args else kwargs.get("repo", "")))
     try:
         return wrapped(*args, **kwargs)

@@ -166,7 +166,7 @@ def on_pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
 
 
 def read(stage: Any, with_head: bool) -> None:
-    """Read what this rank has left on disk, if a forward pass of upstream's is to use it.
+    """Read the weights that this rank has left on disk and a forward pass of upstream's uses.
 
     Args:
         stage: the pipelined model that is called.
@@ -203,7 +203,8 @@ def read(stage: Any, with_head: bool) -> None:
 
 
 def _tell() -> dict[str, str]:
-    """For the other ranks, of the model that is being loaded: what it embeds in, what it lacks."""
+    """This rank's facts about the model that is being loaded: the type that it embeds in, and the
+    modules that it lacks and a direct call needs."""
     model: Pipelined | None = loading.model
     if model is None:
         return {}
@@ -227,13 +228,13 @@ def _hear(by_rank: list[dict[str, str]]) -> None:
         absent.embeds_in(getattr(mx, dtype))
 
 
-agreement.told.append((_tell, _hear))
+agreement.topics.append((_tell, _hear))
 
 
 def on_eval(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of `mx.eval`, which does not read what this rank does not use.
+    """The wrapper of `mx.eval`: leaves out weights that this rank never uses, of a tree of weights.
 
-    Of trees of weights, that is: what a loop evaluates in each step is no dict.
+    A tree of weights is a dict. The arrays that a loop evaluates in each step are in none.
     """
     if not any(isinstance(arg, dict) for arg in args):
         return wrapped(*args, **kwargs)
@@ -283,7 +284,7 @@ def _is_of_file(value: Any) -> bool:
 
 
 def _operations(array: mx.array) -> list[str]:
-    """What has yet to be done for `array`."""
+    """The operations that have yet to run for `array`, by name."""
     graph = io.StringIO()
     mx.export_to_dot(graph, array)
     return re.findall(r'label ="(\w+)', graph.getvalue())
@@ -299,11 +300,11 @@ PATCHES = (
 
 
 def patches(family: Family) -> tuple[Patch, ...]:
-    """What notes the weights that a rank of `family` never uses."""
+    """The patches by which the weights are known that a rank of `family` never uses."""
     row = (family.name, family.module)
     path = f"{family.head_class}.__init__"
     init = Patch(*row, path, on_init(family), drift.anything, _LOST)
-    if family.base:  # which has the other
+    if family.base:  # the patch of the pipelined model is the base family's
         return (init,)
     path = f"{family.stage_class}.pipeline"
     return (init, Patch(*row, path, on_pipeline, drift.anything, _LOST))
