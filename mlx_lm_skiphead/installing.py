@@ -138,9 +138,9 @@ def uninstall() -> None:
         SkipheadError: while a generation is running.
     """
     with lock:
-        if _generations():
+        if registry.generations():
             gc.collect()  # what failed is kept alive by the traceback of its error
-        if count := _generations():
+        if count := registry.generations():
             running = "a generation is" if count == 1 else f"{count} generations are"
             raise SkipheadError(
                 f"mlx-lm-skiphead cannot be uninstalled while {running} running. Let each end "
@@ -150,11 +150,6 @@ def uninstall() -> None:
         for outcome in reversed(outcomes.values()):
             _take_out(outcome.handles)
         outcomes.clear()
-
-
-def _generations() -> int:
-    sharing = sys.modules.get(f"{__package__}.skipping.sharing")
-    return sharing.generations() if sharing else 0
 
 
 def status() -> Status:

@@ -1,4 +1,4 @@
-"""What is patched in this process, and what each of its threads is building.
+"""What is patched in this process, what it generates, and what each of its threads is building.
 
 `installing` and the wrappers fill it in. It patches nothing itself, and knows nothing of models.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -60,6 +61,27 @@ def target(group: str) -> Target:
                 if reason := handle.displaced_by():
                     return Target("replaced", f"{reason}; install() patches that")
         return Target("patched")
+
+
+_running: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def has_begun(generation: Any) -> None:
+    """Note a generation; a batch of requests is one while it is not empty."""
+    with lock:
+        _running.add(generation)
+
+
+def has_ended(generation: Any) -> None:
+    """Forget a generation."""
+    with lock:
+        _running.discard(generation)
+
+
+def generations() -> int:
+    """The number of generations that are running."""
+    with lock:
+        return sum(bool(generation) for generation in list(_running))
 
 
 class _PerThread(threading.local):

@@ -22,11 +22,11 @@ import mlx.core as mx
 from ..families import LOOPS_MODULE, stage_in
 from ..patching import drift
 from ..patching.handles import Patch
-from ..patching.registry import this_thread
+from ..patching.registry import has_begun, has_ended, this_thread
 from ..ranks import watch
 from . import programs
 from .head import BROADCAST
-from .sharing import Run, has_begun, has_ended
+from .sharing import Run
 
 Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]

@@ -28,7 +28,6 @@ import functools
 import logging
 import math
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -62,27 +61,6 @@ OTHER_PROMPT = (
     "0 with mlx-lm-skiphead. Let rank 0 choose, and share its choice: choice = "
     "mlx_lm_skiphead.share_tokens(mx.array([choice]))."
 )
-
-
-_running: weakref.WeakSet[Any] = weakref.WeakSet()
-_running_lock = threading.Lock()
-
-
-def has_begun(generation: Any) -> None:
-    """Note a run, or a batch of requests, which counts while it has some."""
-    with _running_lock:
-        _running.add(generation)
-
-
-def has_ended(generation: Any) -> None:
-    with _running_lock:
-        _running.discard(generation)
-
-
-def generations() -> int:
-    """How many generations are running."""
-    with _running_lock:
-        return sum(bool(generation) for generation in list(_running))
 
 
 @dataclass
