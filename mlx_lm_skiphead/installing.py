@@ -38,7 +38,8 @@ MODULES = {
 
 
 class Status(NamedTuple):
-    """What the plugin does in this process: see `status`."""
+    """The state of the plugin in this process, as `status` returns it; printed, a line for each
+    patch, model and step."""
 
     mode: config.Mode
     """``"off"``, ``"on"`` or ``"hidden"``."""
@@ -131,8 +132,8 @@ def install(mode: str = "on", strict: bool = False) -> None:
 def uninstall() -> None:
     """Give mlx-lm its own functions back; also safe when nothing is installed.
 
-    Where another package has wrapped a patched function in a way that cannot be taken apart, what
-    is left of ours only calls what it wraps. All ranks must do the same.
+    A patch that lies under another package's wrapper may have to stay; it then only calls the
+    function below it. All ranks must do the same.
 
     Raises:
         SkipheadError: while a generation is running.
@@ -153,7 +154,12 @@ def uninstall() -> None:
 
 
 def status() -> Status:
-    """What is patched in this process, what waits for its import, and what was refused and why."""
+    """Tell the state of the plugin in this process. It looks, and changes nothing.
+
+    Returns:
+        A `Status`: which families and loops are patched, wait for their import or were refused and
+        why; bytes of each model's weights left on disk; the steps under way. `print` it.
+    """
     with lock:
         on_disk = sys.modules.get(f"{__package__}.weights.on_disk")
         models = tuple(model.status() for model in on_disk.models()) if on_disk else ()

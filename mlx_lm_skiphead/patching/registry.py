@@ -17,7 +17,7 @@ lock = threading.RLock()
 
 
 class SkipheadError(RuntimeError):
-    """Something that was asked for cannot be done; the message says what, why and what to do."""
+    """The user has asked for something that cannot be done. The message says why and what to do."""
 
 
 class Target(NamedTuple):

@@ -42,13 +42,13 @@ def rank_zero_head() -> Iterator[None]:
 def share_tokens(tokens: mx.array) -> mx.array:
     """Give every rank rank 0's tokens, with one collective; for a loop of your own.
 
-    On one rank, `tokens` itself. Otherwise all ranks must call it, after each step, whether the
-    plugin is on or off. The exchange begins at once, whether its result is used or not. Any other
-    choice of rank 0's is shared alike, as an array of integers.
+    All ranks must call it after each step, whether the plugin is on or off. The exchange begins at
+    once, whether its result is used or not. On one rank it gives `tokens` itself. It also shares
+    any other choice of rank 0's that is an array of integers.
 
     Args:
-        tokens: ids, integers of any shape. The shape must be the same on all ranks; of the ids
-            only rank 0's count, those of the others are not even computed.
+        tokens: ids, integers of any shape, which must be the same on all ranks. Only rank 0's ids
+            count; those of the other ranks are not even computed.
 
     Returns:
         Rank 0's ids, in the shape and type of `tokens`, on every rank.
