@@ -413,7 +413,7 @@ def cancelled():
 
 
 def own_loop():
-    """What `share_tokens` refuses, and what it does where there is nothing to share."""
+    """`share_tokens` where it is called, for numbers of all kinds, and what it refuses."""
     pipeline = Pipeline()
     cache = make_prompt_cache(pipeline.model)
     prompts = mx.array([[1, 2, 3], [4, 5, 6]])
@@ -422,25 +422,30 @@ def own_loop():
     def refused(call):
         try:
             call()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except TypeError as error:
             errors.append(f"{type(error).__name__}: {error}")
 
+    rank = pipeline.group.rank()
     with mlx_lm_skiphead.rank_zero_head():
         logits = pipeline.model(prompts, cache=cache)
-        refused(lambda: mlx_lm_skiphead.share_tokens(mx.array([1, 2])))
+        inside = mlx_lm_skiphead.share_tokens(mx.array([1 + rank, 2]))
     tokens = mx.argmax(logits[:, -1], axis=-1)
     refused(lambda: mlx_lm_skiphead.share_tokens(logits[:, -1, 0]))
     refused(lambda: mlx_lm_skiphead.share_tokens([1, 2]))
     shared = mlx_lm_skiphead.share_tokens(tokens)
-    told = {"first": shared.tolist(), "type": str(shared.dtype)}
+    told = {"first": shared.tolist(), "type": str(shared.dtype), "inside": inside.tolist()}
     with mlx_lm_skiphead.rank_zero_head():
         logits = pipeline.model(shared[:, None], cache=cache)
     # Looking at the logits of a worker makes it send: rank 0 does not wait for ever.
     told["not computed"] = bool(mx.isnan(logits).all().item())
-    refused(lambda: mlx_lm_skiphead.share_tokens(mx.array([1])))
-    # Nothing was called before it: what rank 0 has is shared all the same.
-    rank = pipeline.group.rank()
+    # Another batch than the model's, and no id: any choice of rank 0's.
+    told["choice"] = mlx_lm_skiphead.share_tokens(mx.array([10**6 + rank])).tolist()
+    # Nothing was called before these.
     told["shared"] = mlx_lm_skiphead.share_tokens(mx.array([[10 + rank], [20]])).tolist()
+    for number in (-5 + rank, 2**40 + rank, -(2**40) + rank):
+        wide = mlx_lm_skiphead.share_tokens(mx.array(number, mx.int64))
+        told.setdefault("wide", []).append([wide.item(), wide.shape, str(wide.dtype)])
+    told["small"] = mlx_lm_skiphead.share_tokens(mx.array([-7 + rank, 9], mx.int8)).tolist()
     told["errors"] = errors
     return told
 
