@@ -46,7 +46,7 @@ def stub(rank: int):
 
     family = importlib.import_module(f"mlx_lm.models.{FAMILY}")
     family.Model.__call__, family.DeepseekV3Model.__call__ = model_call, stage_call
-    drift.runs_head = lambda _: ""
+    drift.runs_head = drift.broadcasts = lambda _: ""
     mlx_lm_skiphead.install(strict=True)
     model = tiny_models.make(FAMILY)
     model.model.pipeline_size, model.model.pipeline_rank = 2, rank
