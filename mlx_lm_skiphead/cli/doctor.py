@@ -21,9 +21,8 @@ from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
-from .. import __version__, config
+from .. import config
 from . import examine
 from .ranks import launched_rank
 from .run import in_the_way
@@ -72,10 +71,10 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
 
     Keys:
 
-    - ``plugin``, ``python``, ``platform``: versions.
-    - ``packages``: by name ``{"version", "needs", "problem"}``. The version is null if it is not
-      installed, `needs` is what the plugin requires, `problem` is "" if there is none.
-    - ``backends``: the distributed backends that this mlx has.
+    - ``versions``: of the plugin, Python, and each package that the plugin requires, by name
+      ``{"version", "needed", "state"}``. The version is "" if the package is not installed, and the
+      state "ok" or what is wrong.
+    - ``platform``; ``backends``: the distributed backends that this mlx has.
     - ``variable``: the value of MLX_LM_SKIPHEAD, or null; ``mode``: "off", "on" or "hidden", or
       "invalid".
     - ``targets``: parts, loops and families, by name ``{"state", "reason"}``, as in `status()`.
@@ -85,20 +84,19 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
       replaces it.
     - ``model``: ``{"name", "model_type", "family", "head", "supported", "reason"}``, or null. The
       head is "tied to the embedding", "its own" or "unknown".
-    - ``rank``: this rank; ``ranks``: the facts of each rank, a list by rank, or null if there is
-      only one; ``differences``: by name of a fact that differs, a list of its values by rank.
+    - ``rank``: of this process. ``ranks``: the facts of each rank, a list by rank. It has one entry
+      outside of mlx.launch and mpirun, and none if a package cannot be imported.
     - ``links``: null if they are not measured, else what `links.measure` returns.
     - ``warnings``, ``problems``: lines; ``exit_code``: of the command.
 
     Raises:
         Unusable: see `examine.look_at_targets`.
     """
-    found = examine.packages()
-    report: examine.Report = {"plugin": __version__, "packages": found, "mode": "invalid"}
-    report |= {"python": platform.python_version(), "platform": platform.platform()}
-    report |= {"variable": os.environ.get(config.VARIABLE), "targets": {}, "patches": []}
-    report |= {"model": None, "rank": 0, "ranks": None, "differences": {}, "links": None}
-    report |= {"backends": [], "warnings": [], "problems": []}
+    versions, variable = examine.versions(), os.environ.get(config.VARIABLE)
+    report: examine.Report = {"versions": versions, "platform": platform.platform()}
+    report |= {"backends": [], "variable": variable, "mode": "invalid", "targets": {}}
+    report |= {"patches": [], "model": None, "rank": launched_rank() or 0, "ranks": []}
+    report |= {"links": None, "warnings": [], "problems": []}
     problems, warnings = report["problems"], report["warnings"]
     try:
         report["mode"] = config.requested_mode()
@@ -106,20 +104,23 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
         problems.append(str(error))
     # With the plugin off, nothing has been asked for that could fail.
     wanted = warnings if report["mode"] == "off" else problems
-    wanted += [f"{n} {p['version']}: {p['problem']}." for n, p in found.items() if p["problem"]]
-    is_usable = not any("imported" in package["problem"] for package in found.values())
+    wrong = {name: found for name, found in versions.items() if found["state"] != "ok"}
+    wanted += [f"{name} {found['version']}: {found['state']}." for name, found in wrong.items()]
+    is_usable = not any(found["state"].startswith(examine.NO_IMPORT) for found in wrong.values())
     if is_usable:
         examine.look_at_targets(report, modules)
-        warnings += examine.judge_versions(found["mlx"]["version"], found["mlx-lm"]["version"])
+        warnings += examine.judge_versions(
+            versions["mlx"]["version"], versions["mlx-lm"]["version"]
+        )
     targets = report["targets"].items()
     if left := [name for name, t in targets if t["state"] in ("refused", "replaced")]:
         wanted.append(f"Left to upstream mlx-lm: {', '.join(left)}.")
-    if model:
-        report["model"] = examine.look_at_model(model, report["targets"])
-    if report["model"] and (reason := report["model"]["reason"]):
-        problems.append(f"The model {model} is not supported: {reason}.")
     if patches := ", ".join("{target} (by {by})".format_map(p) for p in report["patches"]):
         warnings.append(f"Other packages have patched the same functions: {patches}.")
+    if model:
+        report["model"] = found = examine.look_at_model(model, report["targets"])
+        if not found["supported"]:
+            problems.append(f"The model {model} is not supported: {found['reason']}.")
     if other := in_the_way():
         line = "`run` does not reach the Python processes that a program starts"
         warnings.append(f"{line}: {other} comes before its own, and does not run it.")
@@ -134,34 +135,26 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> exa
 
 def _print(console: Console, report: examine.Report) -> None:
     line = partial(console.print, soft_wrap=True)
-    rows: list[list[str | Text]] = [["mlx-lm-skiphead", report["plugin"], "", ""]]
-    for name, package in report["packages"].items():
-        state = Text(package["problem"], "red") if package["problem"] else "ok"
-        rows.append([name, package["version"] or "", package["needs"], state])
-    console.print(table("versions", ("", "version", "needed", ""), rows, is_text=True))
-    line(f"Python {report['python']} on {report['platform']}")
-    line(f"Distributed backends: {', '.join(report['backends']) or 'unknown'}.")
-    value = report["variable"]
+    headings = {"versions": ("version", "needed", ""), "targets": ("state", "why")}
+    for name, columns in headings.items():
+        rows = [[name, *found.values()] for name, found in report[name].items()]
+        console.print(table("", (name, *columns), rows, is_text=True))
+    backends = ", ".join(report["backends"]) or "unknown"
+    line(f"{report['platform']}. Distributed backends: {backends}.")
+    value, mode = report["variable"], report["mode"]
     setting = f"{config.VARIABLE} is not set" if value is None else f"{config.VARIABLE}={value}"
-    mode = "not understood" if report["mode"] == "invalid" else f"the plugin is {report['mode']}"
-    line(f"{setting}: {mode}.")
-    rows = []
-    for name, target in report["targets"].items():
-        state = Text(target["state"], "red" if target["reason"] else "")
-        rows.append([name, state, target["reason"]])
-    if rows:
-        console.print(table("", ("patches", "state", "why"), rows, is_text=True))
-    ranks, model = report["ranks"] or [], report["model"]
-    if model and model["supported"]:
+    line(f"{setting}: {'not understood' if mode == 'invalid' else f'the plugin is {mode}'}.")
+    if (model := report["model"]) and model["supported"]:
         line("The model {name} is supported: {family}; head: {head}.".format_map(model))
-    if ranks and not report["differences"]:
+    ranks = report["ranks"]
+    if len(ranks) > 1 and all(facts == ranks[0] for facts in ranks):
         line(f"{len(ranks)} ranks agree.")
     if links := report["links"]:
         rows = [
             ["{} - {}".format(*link.pop("between")), *(f"{number:.2f}" for number in link.values())]
             for link in links["links"]
         ]
-        columns = ["ranks", "latency", "there", "back"]
+        columns = ("ranks", "latency", "there", "back")
         console.print(table("links: ms one way, and MB/s each way", columns, rows))
         step = "A step takes {step_ms:.2f} ms on the links alone, at most {highest_step_ms:.2f}."
         line(step.format_map(links))
@@ -169,4 +162,4 @@ def _print(console: Console, report: examine.Report) -> None:
         for text in report[f"{kind}s"]:
             line(f"{kind.capitalize()}: {text}", style=style)
     if not report["problems"] and not report["warnings"]:
-        console.print("No problem was found.", style="green")
+        line("No problem was found.", style="green")

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,10 +21,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
-from .. import config
+from .. import __version__, config
 from ..families import BY_NAME
 from .models import locate
-from .ranks import launched_rank
 from .shared import Unusable, one_line
 
 Report = dict[str, Any]
@@ -45,37 +45,37 @@ FAULTS = {
 """By a variable: with which versions of mlx it is dangerous to set it, and why."""
 HARMLESS = {"mlx", "wrapt", "settings of mlx"}
 """Facts in which ranks may differ."""
-SLOW_MS, UNEVEN = 5.0, 5.0
-"""A latency that no wired link has, and how many times slower than the best one a link may be."""
+NO_IMPORT = "cannot be imported"
 NO_MPI = (
     "MLX does not find MPI, and each rank is alone: set MLX_MPI_LIBNAME to its library, as in "
     "mpirun -x MLX_MPI_LIBNAME=/path/to/libmpi.so.40 ..."
 )
 
 
-def packages() -> dict[str, dict[str, Any]]:
-    """By name of a package that the plugin needs, its version, the versions needed, a problem."""
-    found = {}
+def versions() -> dict[str, dict[str, str]]:
+    """``versions`` of the report; see `doctor`."""
+    own = {"mlx-lm-skiphead": __version__, "Python": platform.python_version()}
+    found = {name: {"version": v, "needed": "", "state": "ok"} for name, v in own.items()}
     for needed in map(Requirement, metadata.requires("mlx-lm-skiphead") or []):
-        name, needs, version, problem = needed.name, str(needed.specifier), None, ""
+        name, specifier, version, state = needed.name, str(needed.specifier), "", "ok"
         if needed.marker is not None:  # of an extra
             continue
         try:
             version = metadata.version(name)
-            problem = "" if satisfies(version, needs) else f"{needs} is needed"
             importlib.import_module("mlx.core" if name == "mlx" else name.replace("-", "_"))
+            state = "ok" if satisfies(version, specifier) else f"{specifier} is needed"
         except Exception as error:
-            problem = f"cannot be imported: {one_line(error)}"
+            state = f"{NO_IMPORT}: {one_line(error)}"
             if name == "mlx" and sys.platform == "linux":
-                problem += " (on Linux it needs one of the extras cpu, cuda12 and cuda13)"
-        found[name] = {"version": version, "needs": needs, "problem": problem}
+                state += " (on Linux it needs one of the extras cpu, cuda12 and cuda13)"
+        found[name] = {"version": version, "needed": specifier, "state": state}
     return found
 
 
-def satisfies(version: str, needs: str) -> bool:
+def satisfies(version: str, needed: str) -> bool:
     """Whether a version, pre-releases included, is one of those needed."""
     try:
-        return SpecifierSet(needs).contains(version, prereleases=True)
+        return SpecifierSet(needed).contains(version, prereleases=True)
     except InvalidVersion:
         return False
 
@@ -101,13 +101,15 @@ def settings_of_mlx() -> list[str]:
 def look_at_targets(report: Report, modules: Sequence[str]) -> None:
     """Patch as a program that imports the plugin last, look at it, and undo that.
 
-    Fills in ``targets`` and ``patches``.
+    Fills in ``targets`` and ``patches``, and of the facts in ``ranks`` those that
+    `agreement.settings` gives.
 
     Raises:
         Unusable: if one of `modules` cannot be imported.
     """
     from .. import install, status, uninstall
     from ..installing import MODULES
+    from ..ranks.agreement import settings
 
     before = status().mode
     uninstall()
@@ -123,12 +125,13 @@ def look_at_targets(report: Report, modules: Sequence[str]) -> None:
             try:
                 importlib.import_module(module)
             except Exception as error:
-                if getattr(error, "name", None) != module:  # else this mlx-lm has it not
-                    report["warnings"].append(f"{module} cannot be imported: {one_line(error)}.")
+                if getattr(error, "name", None) != module:  # else this mlx-lm does not have it
+                    report["warnings"].append(f"{module} {NO_IMPORT}: {one_line(error)}.")
         now = status()
         targets = now.parts | now.loops | now.families
         report["targets"] = {name: target._asdict() for name, target in targets.items()}
         report["patches"] = [{"target": t, "by": by} for t, by in dict.fromkeys(_by_others())]
+        report["ranks"] = [settings()]
     finally:
         uninstall() if before == "off" else install(before)
 
@@ -163,7 +166,8 @@ def look_at_model(name: str, targets: dict[str, dict[str, str]]) -> dict[str, An
             raise Unusable("the packages cannot be used")
         from mlx_lm.utils import _get_classes
 
-        # Not built, so by its class: the module of that, or of one that it inherits from.
+        # The model is not built. Its family is the module of its class, or of one that this
+        # inherits from.
         classes = _get_classes(config=written)[0].__mro__
         modules = [cls.__module__.rpartition(".")[2] for cls in classes]
         found["family"] = next((name for name in modules if name in BY_NAME), "")
@@ -179,13 +183,13 @@ def look_at_model(name: str, targets: dict[str, dict[str, str]]) -> dict[str, An
 
 
 def look_at_ranks(report: Report, measures_links: bool) -> None:
-    """Compare the facts of all ranks, and measure the links; fill in what is theirs."""
+    """Compare the facts of all ranks, and measure the links; fill in ``ranks`` and ``links``."""
     import mlx.core as mx
 
-    from ..ranks.agreement import exchanged
+    from ..ranks.agreement import FOR_ALL, exchanged
+    from . import links
 
-    problems = report["problems"]
-    report["rank"] = launched_rank() or 0
+    problems, warnings = report["problems"], report["warnings"]
     try:
         group = mx.distributed.init()
         if group.size() == 1:  # as MLX takes a library of MPI that it cannot load
@@ -194,50 +198,27 @@ def look_at_ranks(report: Report, measures_links: bool) -> None:
         ranks = report["ranks"] = exchanged(_facts(report, measures_links))
         facts = {name: [rank.get(name, "") for rank in ranks] for name in ranks[0]}
         differing = {name: values for name, values in facts.items() if len(set(values)) > 1}
-        report["differences"] = differing
-        if differing:
-            said = ", ".join(f"{name} ({' | '.join(v)})" for name, v in differing.items())
-            kind = "problems" if differing.keys() - HARMLESS else "warnings"
-            report[kind].append(
-                f"The ranks differ in: {said}. Give all of them the variable (mlx.launch --env "
-                f"{config.VARIABLE}=1 ...), and install the same versions for all."
-            )
-        if measures_links and not differing.keys() & {"plugin", "links"}:
-            from . import links
-
-            report["links"] = links.measure(group)
-            judge_links(report["links"], report["warnings"], problems)
+        said = ", ".join(f"{name} ({' | '.join(v)})" for name, v in differing.items())
+        if differing.keys() - HARMLESS:
+            problems.append(f"The ranks differ in: {said}. {FOR_ALL}")
+        elif differing:
+            warnings.append(f"The ranks differ in: {said}.")
+        if measures_links and not differing.keys() & {"mlx-lm-skiphead", "links"}:
+            found = report["links"] = links.measure(group)
+            problems += [f"The links are broken: {found['garbled']}."] if found["garbled"] else []
+            warnings += links.judge(found["links"])
     except (RuntimeError, ValueError) as error:
         problems.append(f"The ranks cannot be connected: {one_line(error)}")
 
 
 def _facts(report: Report, measures_links: bool) -> dict[str, str]:
-    """What ranks should have in common, in few bytes."""
-    targets = report["targets"].items()
+    """In what ranks should agree: where a model loads, and for links that can be measured."""
     return {
-        "mode": report["mode"],
-        "download": (os.environ.get(config.DOWNLOAD) or "all")[:40],
-        "plugin": report["plugin"],
-        **{name: str(report["packages"][name]["version"]) for name in ("mlx-lm", "mlx", "wrapt")},
-        "not patched": ", ".join(n for n, t in targets if t["state"] != "patched"),
+        **report["ranks"][0],
+        config.VARIABLE: report["mode"],
+        config.DOWNLOAD: os.environ.get(config.DOWNLOAD) or "all",
+        **{name: report["versions"][name]["version"] for name in ("mlx", "wrapt")},
         "model": str((report["model"] or {}).get("reason"))[:200],
         "settings of mlx": ", ".join(settings_of_mlx()),
         "links": str(measures_links),
     }
-
-
-def judge_links(found: dict[str, Any], warnings: list[str], problems: list[str]) -> None:
-    """Say which of the links are broken, or slower than others."""
-    if found["garbled"]:
-        problems.append(f"The links are broken: {found['garbled']}.")
-    # The faster way of each link: a machine with other work to do makes one of them look slow.
-    links = [(x["latency_ms"], max(x["there_mb_s"], x["back_mb_s"])) for x in found["links"]]
-    best, most = min(latency for latency, _ in links), max(speed for _, speed in links)
-    for link, (latency, speed) in zip(found["links"], links, strict=True):
-        name = "The link between ranks {} and {}".format(*link["between"])
-        if latency > SLOW_MS or latency > max(UNEVEN * best, 1.0):
-            line = f"a latency of {latency:.1f} ms, and each token waits for it; the best has"
-            warnings.append(f"{name} has {line} {best:.1f}.")
-        if speed < most / UNEVEN:
-            line = f"carries {speed:.0f} MB/s, and prompts wait for it; the best carries"
-            warnings.append(f"{name} {line} {most:.0f}.")

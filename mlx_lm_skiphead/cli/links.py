@@ -7,9 +7,9 @@ it.
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,11 +24,12 @@ HIDDEN = 4096
 """Numbers of 4 bytes in the hidden states of a token."""
 ODD = (1, 3, 7, 17, 1001, 4097, 65537, 1048579)
 """Lengths in bytes that no number of ranks, wires or buffers divides: mlx #4443 was seen so."""
-PINGS = 20
 TRIAL, MOST = 1 << 14, 1 << 24
 """Bytes of the first transfer, and of the largest."""
 LONG_ENOUGH = 0.05
 """Seconds that a transfer must take for its throughput to count."""
+SLOW_MS, UNEVEN = 5.0, 5.0
+"""A latency that no wired link has, and how many times slower than the best one a link may be."""
 
 
 def measure(group: mx.distributed.Group) -> dict[str, Any]:
@@ -46,9 +47,28 @@ def measure(group: mx.distributed.Group) -> dict[str, Any]:
         return {**_steps(group), "links": each_link(group)}
 
 
-def _waits(group: mx.distributed.Group, what: str) -> AbstractContextManager[None]:
-    here = f"rank {group.rank()}, links"
-    return watch.watched(lambda seconds: f"{here}: has waited {seconds:.0f} s for {what}")
+def judge(links: list[dict[str, Any]]) -> Iterator[str]:
+    """Warnings of links that are slower than others."""
+    # The faster way of each link: a machine with other work to do makes one of them look slow.
+    speeds = [max(link["there_mb_s"], link["back_mb_s"]) for link in links]
+    best, most = min(link["latency_ms"] for link in links), max(speeds)
+    for link, speed in zip(links, speeds, strict=True):
+        name, latency = (
+            "The link between ranks {} and {}".format(*link["between"]),
+            link["latency_ms"],
+        )
+        if latency > min(SLOW_MS, max(UNEVEN * best, 1.0)):
+            line = f"a latency of {latency:.1f} ms, and each token waits for it; the best has"
+            yield f"{name} has {line} {best:.1f}."
+        if speed < most / UNEVEN:
+            line = f"carries {speed:.0f} MB/s, and prompts wait for it; the best carries"
+            yield f"{name} {line} {most:.0f}."
+
+
+def total(number: float = 0.0) -> float:
+    """The sum of the numbers of all ranks, for all of which it waits."""
+    result: Any = mx.distributed.all_sum(mx.array(number), stream=mx.cpu).item()
+    return float(result)
 
 
 def each_link(group: mx.distributed.Group) -> list[dict[str, Any]]:
@@ -67,14 +87,15 @@ def each_link(group: mx.distributed.Group) -> list[dict[str, Any]]:
 
 
 def _one_link(rank: int, pair: tuple[int, int]) -> dict[str, float]:
-    trips = [_exchange(rank, pair, 1, 1) for _ in range(PINGS)]
-    trip, trial = _sum([statistics.median(trips), _exchange(rank, pair, TRIAL, 1)])
+    def seconds(there: int, back: int, times: int) -> float:
+        """The median, since a pause of the machine makes one exchange look slow."""
+        return total(statistics.median(_exchange(rank, pair, there, back) for _ in range(times)))
+
+    trip, trial = seconds(1, 1, 20), seconds(TRIAL, 1, 1)
     # As long as it takes for its throughput to count; the same on both ranks.
     size = int(min(MOST, TRIAL * max(1.0, LONG_ENOUGH / max(trial - trip, 1e-5))))
-    # The best of three: a pause of the machine makes one of them look slow.
-    there = min(_exchange(rank, pair, size, 1) for _ in range(3))
-    back = min(_exchange(rank, pair, 1, size) for _ in range(3))
-    there, back = (size / max(s - trip, s / 2) / 1e6 for s in _sum([there, back]))
+    took = seconds(size, 1, 3), seconds(1, size, 3)
+    there, back = (size / max(s - trip, s / 2) / 1e6 for s in took)
     return {"latency_ms": 500 * trip, "there_mb_s": there, "back_mb_s": back}
 
 
@@ -97,15 +118,19 @@ def _exchange(rank: int, pair: tuple[int, int], there: int, back: int) -> float:
     return 0.0
 
 
-def _sum(mine: list[float]) -> list[float]:
-    """The sums of all ranks' numbers."""
-    total: Any = inspect.unwrap(mx.distributed.all_sum)(mx.array(mine)).tolist()
-    return list(total)
+def _receive(like: mx.array, source: int) -> mx.array:
+    received = mx.distributed.recv_like(like, source)
+    mx.eval(received)
+    return received
+
+
+def _waits(group: mx.distributed.Group, what: str) -> AbstractContextManager[None]:
+    here = f"rank {group.rank()}, links"
+    return watch.watched(lambda seconds: f"{here}: has waited {seconds:.0f} s for {what}")
 
 
 def _steps(group: mx.distributed.Group) -> dict[str, Any]:
     rank, last = group.rank(), group.size() - 1
-    gather = inspect.unwrap(mx.distributed.all_gather)
     times: list[float] = []
     garbled = ""
     for number, length in enumerate((*ODD, *ODD[:-2] * ROUNDS)):
@@ -120,22 +145,14 @@ def _steps(group: mx.distributed.Group) -> dict[str, Any]:
         if rank > 0:
             mine = mx.depends(mine, mx.distributed.send(hidden, rank - 1))
         with _waits(group, f"the share of step {number}, {length} bytes of each rank"):
-            everyone = gather(mine)
+            everyone = mx.distributed.all_gather(mine)
             mx.eval(everyone)
         times.append(1000 * (time.perf_counter() - start))
-        if not mx.array_equal(hidden, sent):
-            garbled = f"rank {rank} got other hidden states than were sent in step {number}"
-        if not mx.array_equal(everyone, rows):
-            garbled = f"rank {rank} got other bytes than were shared in step {number}"
+        if not (mx.array_equal(hidden, sent) and mx.array_equal(everyone, rows)):
+            garbled = f"rank {rank} got other data than were sent in step {number}"
     # Rank 0, which prints the report, may itself have got what was sent.
-    if _sum([float(bool(garbled))])[0] and not garbled:
+    if total(bool(garbled)) and not garbled:
         garbled = "another rank got other data than were sent"
     middle, highest = statistics.median(times), max(times[len(ODD) :])  # the first ones connect
     ms = {"step_ms": middle, "highest_step_ms": highest}
     return {"steps": len(times), **ms, "garbled": garbled}
-
-
-def _receive(like: mx.array, source: int) -> mx.array:
-    received = mx.distributed.recv_like(like, source)
-    mx.eval(received)
-    return received
