@@ -96,14 +96,15 @@ def answers(unpatched: dict[str, Any], last: dict[str, Any]) -> list[dict[str, A
 
 
 def test_different_tokens_are_said_and_exit_1() -> None:
-    plain = {"text": "a", "greedy": [1, 2], "seeded": [3], "heads_per_token": 0}
+    plain = {"text": "a", "tokens": [[1, 2], [3]], "heads_per_token": 0}
     console = Console(record=True, width=120)
-    assert demo._compare(console, answers(plain, {**plain, "greedy": [1, 9]})) == 1
-    assert "rank 1, greedy: [1, 9] where unpatched mlx-lm gives [1, 2]" in console.export_text()
+    assert demo._compare(console, answers(plain, {**plain, "tokens": [[1, 9], [3]]})) == 1
+    said = console.export_text()
+    assert "rank 1 gives [[1, 9], [3]] where unpatched mlx-lm gives [[1, 2], [3]]" in said
 
 
 def test_workers_that_run_heads_are_said_and_exit_1() -> None:
-    plain = {"text": "a", "greedy": [1], "seeded": [3], "heads_per_token": 1}
+    plain = {"text": "a", "tokens": [[1], [3]], "heads_per_token": 1}
     console = Console(record=True, width=120)
     assert demo._compare(console, answers(plain, plain)) == 1
     assert "workers ran heads with the plugin on" in console.export_text()

@@ -256,8 +256,9 @@ def test_links_that_are_slower_than_others() -> None:
 def test_another_sitecustomize(tmp_path: Path) -> None:
     """Of a launcher that is started by `run`, and begins its own children in the same way."""
     (tmp_path / "sitecustomize.py").write_text("")
+    root = str(Path(CHILDREN).parents[2])
     for path, is_in_the_way in (([str(tmp_path), CHILDREN], True), ([CHILDREN], False)):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, root])}
         done = subprocess.run(
             [sys.executable, *DOCTOR, "--json"],
             env=environment,

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .ranks import WAYS, RankFailed, Ranks, start
+from .ranks import WAYS, RankFailed, launcher, running
 from .shared import Unusable, at_least, both, listed, new_command, table
 
 
@@ -78,13 +78,14 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     task = {name: getattr(arguments, name) for name in ("tokens", "rounds", "text", "gpus")}
     task["model"] = str(folder)
     task["cases"] = [(b, p) for p in arguments.prompt for b in arguments.batch]
-    ranks = start(task, count, arguments.backend, arguments.hostfile, arguments.starting_port)
+    where = arguments.backend, arguments.hostfile, arguments.starting_port
+    command = launcher(task, count, *where)
     code = 0
     results: list[Any] = [None] * count
     measured: list[dict[str, Any]] = []
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ranks are ended
-        _listen(ranks, results, measured)
+        _listen(command, results, measured)
     except RankFailed as failure:
         print(f"mlx-lm-skiphead {arguments.command}: {failure}", file=sys.stderr)
         code = 1
@@ -106,11 +107,11 @@ def _count_hosts(hostfile: Path) -> int:
     return len(hosts)
 
 
-def _listen(ranks: Ranks, results: list[Any], measured: list[dict[str, Any]]) -> None:
+def _listen(command: list[str], results: list[Any], measured: list[dict[str, Any]]) -> None:
     """Start ranks, and show what they do until all have ended; fill in results, by rank."""
     step, console = "", Console(stderr=True)
-    with ranks, console.status("starting ranks") as line:
-        for rank, event in ranks.events():
+    with running(len(results), command) as events, console.status("starting ranks") as line:
+        for rank, event in events:
             if "result" in event:
                 results[rank] = event["result"]
             elif "measured" in event:
@@ -153,10 +154,10 @@ def of_case(batch: int, prompt: int, measured: list[dict[str, Any]]) -> dict[str
         ``interval``. ``tokens_per_second``: by way, of the whole batch.
     """
     mine = [each for each in measured if each["case"] == [batch, prompt]]
-    values: dict[str, dict[str, list[float]]] = {"ms_per_token": {}, "first_token_ms": {}}
-    for quantity, ways in values.items():
-        for way in WAYS:
-            ways[way] = [e[quantity] for e in mine if (e["rank"], e["way"]) == (0, way)]
+    values = {
+        name: {way: [e[name] for e in mine if (e["rank"], e["way"]) == (0, way)] for way in WAYS}
+        for name in ("ms_per_token", "first_token_ms")
+    }
     both = zip(*values["ms_per_token"].values(), strict=False)  # the last round may be half done
     ratios = [plugin / unpatched for unpatched, plugin in both if unpatched]
     ratio = _spread(ratios)
