@@ -196,7 +196,7 @@ def test_a_rank_that_is_killed(model):
         assert line, "it has ended"
     command = ["ps", "-o", "pid=,args=", "-p", ",".join(map(str, descendants(process.pid)))]
     listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    ranks = [int(line.split()[0]) for line in listed if "cli.rank " in line]
+    ranks = [int(line.split()[0]) for line in listed if "cli.ranks " in line]
     assert len(ranks) == 2, listed
     os.kill(ranks[1], signal.SIGKILL)
     output, errors = process.communicate(timeout=60)

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .ranks import WAYS, RankFailed, launcher, running
+from .ranks import WAYS, RankFailed, launcher, role, running
 from .shared import Unusable, at_least, both, listed, new_command, table
 
 
@@ -212,7 +212,7 @@ def report(console: Console, told: dict[str, Any]) -> None:
     if cases:
         _report_times(console, cases)
     if all(told["memory"]):
-        console.print(_memory_table(told["memory"]))
+        console.print(_ranks_table(told["memory"]))
     elif not cases:
         console.print("Nothing was measured.")
         return
@@ -241,14 +241,17 @@ def _report_times(console: Console, cases: list[dict[str, Any]]) -> None:
     console.print(line.format(100 * confidence, rounds))
 
 
-def _memory_table(results: Sequence[dict[str, Any]]) -> Table:
-    """The memory of each rank, from the results of all ranks."""
+def _ranks_table(results: Sequence[dict[str, Any]]) -> Table:
+    """The memory of each rank, and the heads that it ran for an answer, if there is one."""
     rows = []
     for rank, result in enumerate(results):
+        heads = {way: answer["heads_per_token"] for way, answer in result["answers"].items()}
         sizes = (both(result[what], unit=1e6) for what in ("loaded_bytes", "peak_bytes"))
-        rows.append([str(rank), *sizes, f"{sum(result['on_disk'].values()) / 1e6:.1f}"])
-    title = "MB in memory: unpatched → plugin"
-    return table(title, ("rank", "after loading", "at most", "left on disk"), rows)
+        left = f"{sum(result['on_disk'].values()) / 1e6:.1f}"
+        row = [str(rank), role(rank, len(results)), *sizes, left]
+        rows.append([*row, both(heads, 2)] if heads else row)
+    columns = ["rank", "role", "MB after loading", "at most", "left on disk", "heads per token"]
+    return table("ranks: unpatched → plugin", columns[: len(rows[0])], rows)
 
 
 def _range(spread: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """``mlx-lm-skiphead demo``: a `bench` on this machine that also answers a sentence.
 
-Without ``--model`` it makes a small model of DeepSeek-V3's shape with random weights. It prints how
-many heads each rank ran for a token, whether the tokens of the answers agree, and what `bench`
-prints: times, memory, and what is left on disk.
+Without ``--model`` it makes a small model of DeepSeek-V3's shape with random weights. It prints
+what `bench` prints: times, memory, and what is left on disk. And it prints how many heads each rank
+ran for a token of the answers, and whether their tokens agree.
 
 Example: mlx-lm-skiphead demo --model ./my-model -n 3 --prompt 'Hello'
 """
@@ -18,8 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from . import bench, downloads
-from .ranks import WAYS, role
-from .shared import at_least, both, new_command, table
+from .shared import at_least, new_command
 
 LARGE = 100 * 10**6
 """Bytes from which on a module has a file of its own: the head and the embedding."""
@@ -60,13 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not all(results):
         return code
     told["model"] = "DeepSeek-V3's shape, random weights" if is_random else arguments.model
-    rows = []
-    for rank, result in enumerate(results):
-        first, end = result["layers"]
-        heads = {way: result["answers"][way]["heads_per_token"] for way in WAYS}
-        rows.append([str(rank), role(rank, len(results)), f"{first}-{end - 1}", both(heads, 2)])
-    title = f"a head of {results[0]['head_bytes'] / 1e6:.0f} MB: unpatched → plugin"
-    console.print(table(title, ("rank", "role", "layers", "heads per token"), rows))
     bench.report(console, told)
     console.print(downloads.summary([result["downloads"] for result in results]))
     code = _compare(console, results) or code
@@ -119,14 +111,15 @@ def write_model(folder: Path) -> None:
     table = model.model.embed_tokens.weight
     model.model.embed_tokens.weight = mx.random.normal(table.shape)
     weights = dict(tree_flatten(model.parameters()))
-    files: dict[str, dict[str, mx.array]] = {}
-    for key, array in weights.items():
-        name = key.split(".")[-2] if array.nbytes > LARGE else "layers"
-        files.setdefault(f"model-{name}.safetensors", {})[key] = array
-    for name, part in files.items():
-        mx.save_safetensors(str(folder / name), part, metadata={"format": "mlx"})
-    index = {"metadata": {}, "weight_map": {key: name for name in files for key in files[name]}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    index = {
+        key: f"model-{key.split('.')[-2] if array.nbytes > LARGE else 'layers'}.safetensors"
+        for key, array in weights.items()
+    }
+    for file in set(index.values()):
+        part = {key: array for key, array in weights.items() if index[key] == file}
+        mx.save_safetensors(str(folder / file), part, metadata={"format": "mlx"})
+    written = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(written)
     (folder / "config.json").write_text(json.dumps(config))
     _write_tokenizer(folder, config["vocab_size"])
 

@@ -47,22 +47,22 @@ def measure(group: mx.distributed.Group) -> dict[str, Any]:
         return {**_steps(group), "links": each_link(group)}
 
 
-def judge(links: list[dict[str, Any]]) -> Iterator[str]:
-    """Warnings of links that are slower than others."""
+def judge(links: list[dict[str, Any]]) -> Iterator[tuple[bool, str]]:
+    """For each link whether it is slow, beside the others or in itself, and a line."""
     # The faster way of each link: a machine with other work to do makes one of them look slow.
     speeds = [max(link["there_mb_s"], link["back_mb_s"]) for link in links]
     best, most = min(link["latency_ms"] for link in links), max(speeds)
     for link, speed in zip(links, speeds, strict=True):
-        name, latency = (
-            "The link between ranks {} and {}".format(*link["between"]),
-            link["latency_ms"],
+        line = "The link between ranks {between[0]} and {between[1]} has a latency of "
+        line += (
+            "{latency_ms:.2f} ms, and carries {there_mb_s:.1f} MB/s there and {back_mb_s:.1f} back"
         )
-        if latency > min(SLOW_MS, max(UNEVEN * best, 1.0)):
-            line = f"a latency of {latency:.1f} ms, and each token waits for it; the best has"
-            yield f"{name} has {line} {best:.1f}."
-        if speed < most / UNEVEN:
-            line = f"carries {speed:.0f} MB/s, and prompts wait for it; the best carries"
-            yield f"{name} {line} {most:.0f}."
+        line = line.format_map(link)
+        is_late = link["latency_ms"] > min(SLOW_MS, max(UNEVEN * best, 1.0))
+        if is_late or speed < most / UNEVEN:
+            waits = "each token waits" if is_late else "prompts wait"
+            line += f": {waits} for it, and the best have {best:.2f} ms and {most:.1f} MB/s"
+        yield is_late or speed < most / UNEVEN, f"{line}."
 
 
 def total(number: float = 0.0) -> float:

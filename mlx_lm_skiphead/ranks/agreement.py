@@ -72,9 +72,9 @@ def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: An
     try:
         with watch.watched(lambda seconds: f"{here}: {seconds:.0f} s for all ranks to have loaded"):
             _check_sum(int(total.item()) - ranks, ranks)
-            own = settings()
-            by_rank = exchanged(own | {k: v for tell, _ in told for k, v in tell().items()})
-            _check_settings([{name: said[name] for name in own} for said in by_rank])
+            settings = _settings()
+            by_rank = exchanged(settings | {k: v for tell, _ in told for k, v in tell().items()})
+            _check_settings([{name: said[name] for name in settings} for said in by_rank])
     except SkipheadError as error:
         log.critical("%s", error)
         raise
@@ -90,7 +90,7 @@ def _check_sum(marks: int, ranks: int) -> None:
     if rest or active > ranks:
         raise SkipheadError(
             f"The {ranks} ranks have versions of mlx-lm-skiphead that do not work together; {here} "
-            f"has {settings()['mlx-lm-skiphead']}. {FOR_ALL}"
+            f"has {_settings()['mlx-lm-skiphead']}. {FOR_ALL}"
         )
     if active != ranks:
         raise SkipheadError(
@@ -99,8 +99,8 @@ def _check_sum(marks: int, ranks: int) -> None:
         )
 
 
-def settings() -> dict[str, str]:
-    """The settings in which ranks must agree besides, by name."""
+def _settings() -> dict[str, str]:
+    """In what ranks must agree besides, as names and values."""
     from .. import __version__
 
     states = {name: registry.target(name).state for name in registry.outcomes}

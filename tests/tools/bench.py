@@ -24,7 +24,7 @@ from typing import Any
 import wrapt
 from rich.console import Console
 
-from mlx_lm_skiphead.cli import bench, rank, ranks
+from mlx_lm_skiphead.cli import bench, ranks
 from mlx_lm_skiphead.cli.formula import Link, token
 from mlx_lm_skiphead.cli.models import family_of
 from mlx_lm_skiphead.cli.ranks import WAYS
@@ -124,7 +124,7 @@ def run_rank() -> None:
         try:
             os.sched_setaffinity(0, task["cores"][number])
         except OSError as error:
-            return rank.say(error=str(error))
+            return ranks.say(error=str(error))
     from mlx_lm_skiphead.cli import measure
 
     class Instrumented(measure.Measurement):
@@ -143,7 +143,7 @@ def run_rank() -> None:
 
         measure.install = only_first
     measure.Measurement = Instrumented
-    rank.main()
+    ranks.main()
 
 
 @contextmanager
