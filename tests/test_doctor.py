@@ -210,7 +210,7 @@ def test_known_faults_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(mlx: str, mlx_lm: str = "0.32.2") -> list[str]:
         return list(doctor.judge_versions(mlx, mlx_lm))
 
-    for variable in doctor.FAULTS:
+    for variable in doctor.KNOWN["faults"]:
         monkeypatch.delenv(variable, raising=False)
     assert judged("0.32.3") == judged("0.32.10") == []
     for mlx in ("0.32.2", "0.32.0", "0.31.2"):
@@ -232,12 +232,15 @@ def test_known_faults_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_versions_of_mlx_lm_that_were_tested() -> None:
     tested = [parse(version) for version in versions.VERSIONS]
-    assert f">={min(tested)},<={max(tested)}" == doctor.TESTED
+    assert f">={min(tested)},<={max(tested)}" == doctor.KNOWN["tested"]
     for version in versions.VERSIONS:
         assert not list(doctor.judge_versions("0.32.4", version))
     for version in ("0.31.2", "0.32.3", "0.33.0.dev0"):
         (warning,) = doctor.judge_versions("0.32.4", version)
-        assert warning == f"mlx-lm {version}: the plugin has been tested with {doctor.TESTED}."
+        assert (
+            warning
+            == f"mlx-lm {version}: the plugin has been tested with {doctor.KNOWN['tested']}."
+        )
 
 
 def test_links_that_are_slower_than_others() -> None:

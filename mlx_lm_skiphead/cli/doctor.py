@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -38,21 +39,9 @@ from .shared import Unusable, new_command, one_line, table
 
 Report = dict[str, Any]
 
-TESTED = ">=0.31.3,<=0.32.2"
-"""The versions of mlx-lm with which all is tested (tests/versions.py)."""
-JACCL_RING = "over its ring all_gather gives wrong data (mlx #4443): install mlx 0.32.3 or newer"
-FAST_SYNCH = "with it ranks sometimes stand still (mlx #3142, #3830): leave it unset"
-JACCL = (
-    "over JACCL, sends of different shapes one after the other can go wrong (mlx #3149). A "
-    "collective between them cures it, and the plugin leaves that out between two calls in one "
-    "rank_zero_head block: call share_tokens after each call of the model"
-)
-FAULTS = {
-    "MLX_JACCL_RING": (">=0.32.1,<0.32.3", JACCL_RING),
-    "MLX_METAL_FAST_SYNCH": ("", FAST_SYNCH),
-    "MLX_JACCL_COORDINATOR": ("", JACCL),
-}
-"""By a variable: with which versions of mlx it is dangerous to set it, and why."""
+KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text())
+"""What is known of versions. ``tested``: of mlx-lm, with which all is tested (tests/versions.py).
+``faults``: by a variable with which ``versions`` of mlx it is dangerous to set it, and ``why``."""
 BACKENDS = ("ring", "jaccl", "mpi", "nccl")
 HARMLESS = {"Python", "mlx", "packaging", "rich", "wrapt", "settings of mlx"}
 """Facts in which ranks may differ."""
@@ -134,25 +123,21 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> Rep
         notes.append(f"{setting}: the plugin is {mode}.")
     except ValueError as error:
         problems.append(str(error))
-    # With the plugin off, nothing has been asked for that could fail.
-    wanted = warnings if report["mode"] == "off" else problems
+    # With the plugin off and no model, nothing has been asked for that could fail.
+    wanted = warnings if report["mode"] == "off" and not model else problems
     wrong = {name: found for name, found in versions.items() if found["state"] != "ok"}
     wanted += [f"{name} {found['version']}: {found['state']}." for name, found in wrong.items()]
-    is_usable = not any(found["state"].startswith(NO_IMPORT) for found in wrong.values())
-    if is_usable:
+    if not any(found["state"].startswith(NO_IMPORT) for found in wrong.values()):
         _look_at_targets(report, modules)
         warnings += judge_versions(versions["mlx"]["version"], versions["mlx-lm"]["version"])
-    if left := ", ".join(report["left_to_upstream"]):
-        wanted.append(f"Left to upstream mlx-lm: {left}.")
-    if patches := ", ".join("{target} (by {by})".format_map(p) for p in report["patches"]):
-        warnings.append(f"Other packages have patched the same functions: {patches}.")
-    if model:
-        _look_at_model(report, model)
+        if left := ", ".join(report["left_to_upstream"]):
+            wanted.append(f"Left to upstream mlx-lm: {left}.")
+        if model:
+            _look_at_model(report, model)
+        _look_at_ranks(report, measures_links)
     if other := in_the_way():
         line = "`run` does not reach the Python processes that a program starts"
         warnings.append(f"{line}: {other} comes before its own, and does not run it.")
-    if is_usable:
-        _look_at_ranks(report, measures_links)
     return {**report, "exit_code": 1 if problems else 0}
 
 
@@ -186,20 +171,20 @@ def satisfies(version: str, needed: str) -> bool:
 
 def judge_versions(mlx: str, mlx_lm: str) -> Iterator[str]:
     """Warnings of versions, and of settings of MLX that are known to fail with this one."""
-    if not satisfies(mlx_lm, TESTED):
-        yield f"mlx-lm {mlx_lm}: the plugin has been tested with {TESTED}."
+    if not satisfies(mlx_lm, KNOWN["tested"]):
+        yield f"mlx-lm {mlx_lm}: the plugin has been tested with {KNOWN['tested']}."
     if not satisfies(mlx, ">=0.32.3"):
         line = "its ring may not notice that a rank is lost (mlx #4060)"
         yield f"mlx {mlx}: {line}. Version 0.32.3 or newer is recommended."
     for variable in _settings_of_mlx():
-        versions, line = FAULTS[variable]
-        if satisfies(mlx, versions):
-            yield f"{variable} is set: {line}."
+        fault = KNOWN["faults"][variable]
+        if satisfies(mlx, fault["versions"]):
+            yield f"{variable} is set: {fault['why']}."
 
 
 def _settings_of_mlx() -> list[str]:
     """Those of the dangerous variables that are set."""
-    return [name for name in FAULTS if os.environ.get(name, "0").strip() not in ("", "0")]
+    return [name for name in KNOWN["faults"] if os.environ.get(name, "0").strip() not in ("", "0")]
 
 
 def _look_at_targets(report: Report, modules: Sequence[str]) -> None:
@@ -235,6 +220,9 @@ def _look_at_targets(report: Report, modules: Sequence[str]) -> None:
         left = [name for name, t in targets.items() if t.state in ("refused", "replaced")]
         report["left_to_upstream"] = left
         report["patches"] = [{"target": t, "by": by} for t, by in dict.fromkeys(_by_others())]
+        if others := ", ".join(f"{t['target']} (by {t['by']})" for t in report["patches"]):
+            line = "Other packages have patched the same functions"
+            report["warnings"].append(f"{line}: {others}.")
     finally:
         uninstall() if before == "off" else install(before)
 
@@ -266,8 +254,6 @@ def _look_at_model(report: Report, name: str) -> None:
             found["head"] = "tied to the embedding" if tied else "its own"
         if written.get("model_file"):
             raise Unusable("not covered: it brings a model_file of its own")
-        if not targets:
-            raise Unusable("the packages cannot be used")
         from mlx_lm.utils import _get_classes
 
         # The model is not built. Its family is the module of its class, or of one that this

@@ -105,23 +105,16 @@ def _exchange(rank: int, pair: tuple[int, int], there: int, back: int) -> float:
     Returns:
         The seconds that this takes, on the first one; 0 on all others.
     """
-    data = mx.zeros(there, mx.uint8), mx.zeros(back, mx.uint8)
-    mx.eval(data)
+    first, second = pair
+    sent = (first, second, mx.zeros(there, mx.uint8)), (second, first, mx.zeros(back, mx.uint8))
+    mx.eval([data for *_, data in sent])
     start = time.perf_counter()
-    if rank == pair[0]:
-        mx.eval(mx.distributed.send(data[0], pair[1]))
-        _receive(data[1], pair[1])
-        return time.perf_counter() - start
-    if rank == pair[1]:
-        _receive(data[0], pair[0])
-        mx.eval(mx.distributed.send(data[1], pair[0]))
-    return 0.0
-
-
-def _receive(like: mx.array, source: int) -> mx.array:
-    received = mx.distributed.recv_like(like, source)
-    mx.eval(received)
-    return received
+    for source, target, data in sent:
+        if rank == source:
+            mx.eval(mx.distributed.send(data, target))
+        elif rank == target:
+            mx.eval(mx.distributed.recv_like(data, source))
+    return time.perf_counter() - start if rank == first else 0.0
 
 
 def _waits(group: mx.distributed.Group, what: str) -> AbstractContextManager[None]:
@@ -140,7 +133,8 @@ def _steps(group: mx.distributed.Group) -> dict[str, Any]:
         start = time.perf_counter()
         if rank < last:
             with _waits(group, f"what rank {rank + 1} sends in step {number}"):
-                hidden = _receive(sent, rank + 1)
+                hidden = mx.distributed.recv_like(sent, rank + 1)
+                mx.eval(hidden)
         mine = rows[rank : rank + 1]
         if rank > 0:
             mine = mx.depends(mine, mx.distributed.send(hidden, rank - 1))

@@ -158,8 +158,8 @@ def launcher(
 
 def launched_rank() -> int | None:
     """The number of this process among those of mlx.launch or mpirun; None outside of them."""
-    numbers = (os.environ.get(name) for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"))
-    return next((int(number) for number in numbers if number), None)
+    number = os.environ.get("MLX_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
+    return int(number) if number else None
 
 
 def role(rank: int, ranks: int) -> str:
