@@ -79,13 +79,12 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     task["model"] = str(folder)
     task["cases"] = [(b, p) for p in arguments.prompt for b in arguments.batch]
     where = arguments.backend, arguments.hostfile, arguments.starting_port
-    command = launcher(task, count, *where)
     code = 0
     results: list[Any] = [None] * count
     measured: list[dict[str, Any]] = []
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ranks are ended
-        _listen(command, results, measured)
+        _listen(launcher(task, count, *where), results, measured)
     except RankFailed as failure:
         print(f"mlx-lm-skiphead {arguments.command}: {failure}", file=sys.stderr)
         code = 1
@@ -251,7 +250,8 @@ def _ranks_table(results: Sequence[dict[str, Any]]) -> Table:
         row = [str(rank), role(rank, len(results)), *sizes, left]
         rows.append([*row, both(heads, 2)] if heads else row)
     columns = ["rank", "role", "MB after loading", "at most", "left on disk", "heads per token"]
-    return table("ranks: unpatched → plugin", columns[: len(rows[0])], rows)
+    title = f"ranks, with a head of {results[0]['head_bytes'] / 1e6:.1f} MB: unpatched → plugin"
+    return table(title, columns[: len(rows[0])], rows)
 
 
 def _range(spread: dict[str, Any]) -> str:

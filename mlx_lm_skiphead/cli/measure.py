@@ -62,8 +62,8 @@ class Measurement:
         Returns:
             ``on_disk``: the bytes of each module that stays there with the plugin.
             ``loaded_bytes``, ``peak_bytes``: by way, in memory.
-            ``answers``: by way, see `_answer`; empty without a text. ``layers``: the first one and
-            the one after the last. ``head_bytes``. ``downloads``: see `downloads.of_rank`.
+            ``answers``: by way, see `_answer`; empty without a text. ``head_bytes``: of its
+            weights. ``downloads``: see `downloads.of_rank`.
         """
         task, cases = self.task, self.task["cases"]
         on_disk: dict[str, int] = next((model.on_disk for model in status().models), {})
@@ -97,7 +97,6 @@ class Measurement:
         return {
             "on_disk": on_disk,
             **told,
-            "layers": [self.split.stage.start_idx, self.split.stage.end_idx],
             "head_bytes": size_of(self.head),
             "downloads": downloads.of_rank(locate(task["model"]), self.split),
         }
@@ -109,11 +108,8 @@ class Measurement:
 
     def _generate(self, case: tuple[int, int], tokens: int) -> dict[str, Any]:
         """Generate `tokens` for each of a batch: times, and a digest of the tokens."""
-        batch, length = case
-        prompts = [
-            [(31 * i + 7 * i * i + 11 * b) % self.vocabulary for i in range(length)]
-            for b in range(batch)
-        ]
+        places, rows = mx.arange(case[1]), mx.arange(case[0])[:, None]
+        prompts: Any = (((31 + 7 * places) * places + 11 * rows) % self.vocabulary).tolist()
         total()  # so that all ranks begin together
         steps, seconds = [], []
         start = time.perf_counter()
