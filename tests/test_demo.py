@@ -54,11 +54,6 @@ def test_demo() -> None:
     assert "Answers agree: 4 greedy tokens and 4 at temperature 0.8, on all 3 ranks" in said
     assert "plugin / unpatched" in done.stdout
     assert "only rank 0 ran the head, and 537 MB of weights stayed on disk." in said
-    sizes = re.search(r"downloads ([\d.]+) MB .* in place of ([\d,.]+) MB: ", said)
-    assert sizes is not None
-    needed, every = (float(size.replace(",", "")) for size in sizes.groups())
-    # The head is in one file, the embedding in one with some of the first layer.
-    assert 4 * 134.2 < every - needed < 4 * 140
     steps = done.stderr.splitlines()
     assert all(re.match("loading|warming up|answering|round", step) for step in steps), steps
 

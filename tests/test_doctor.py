@@ -437,8 +437,6 @@ def test_a_slow_link_is_measured() -> None:
     (link,) = found["links"]
     assert link["between"] == [0, 1] and not found["garbled"]
     assert link["latency_ms"] == pytest.approx(delay, rel=0.2)
-    # A step is a send and a share.
-    assert found["steps"] > 50 and found["step_ms"] == pytest.approx(2 * delay, rel=0.2)
     assert report["exit_code"] == 0 and "a latency of 6" in report["warnings"][0]
 
 

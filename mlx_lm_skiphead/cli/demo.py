@@ -17,11 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from . import bench, downloads
+from . import bench
 from .shared import at_least, new_command
-
-LARGE = 100 * 10**6
-"""Bytes from which on a module has a file of its own: the head and the embedding."""
 
 
 def add_command(commands: Any) -> None:
@@ -60,7 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
         return code
     told["model"] = "DeepSeek-V3's shape, random weights" if is_random else arguments.model
     bench.report(console, told)
-    console.print(downloads.summary([result["downloads"] for result in results]))
     code = _compare(console, results) or code
     left = sum(sum(result["on_disk"].values()) for result in results)
     if code == 0 and is_random:
@@ -98,42 +94,30 @@ def write_model(folder: Path) -> None:
     """Write a small model of DeepSeek-V3's shape: config, random weights, and a tokenizer.
 
     Of its 330 MB the head and the embedding have 134 each, as in a model of a large vocabulary. All
-    are float32, the only type that is fast on a CPU. Its text is noise.
+    are float32, the only type that is fast on a CPU. Its text is numbers.
     """
     import mlx.core as mx
-    from mlx.utils import tree_flatten
     from mlx_lm.models import deepseek_v3
+    from mlx_lm.utils import save_model
 
     mx.random.seed(0)
-    config = json.loads(Path(__file__).with_suffix(".json").read_text())
-    model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(config))
+    config = Path(__file__).with_suffix(".json").read_text()
+    model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(json.loads(config)))
     # The default embedding is so small that every token would look alike.
     table = model.model.embed_tokens.weight
     model.model.embed_tokens.weight = mx.random.normal(table.shape)
-    weights = dict(tree_flatten(model.parameters()))
-    index = {
-        key: f"model-{key.split('.')[-2] if array.nbytes > LARGE else 'layers'}.safetensors"
-        for key, array in weights.items()
-    }
-    for file in set(index.values()):
-        part = {key: array for key, array in weights.items() if index[key] == file}
-        mx.save_safetensors(str(folder / file), part, metadata={"format": "mlx"})
-    written = json.dumps({"metadata": {}, "weight_map": index})
-    (folder / "model.safetensors.index.json").write_text(written)
-    (folder / "config.json").write_text(json.dumps(config))
-    _write_tokenizer(folder, config["vocab_size"])
+    save_model(folder, model)
+    (folder / "config.json").write_text(config)
+    _write_tokenizer(folder, table.shape[0])
 
 
 def _write_tokenizer(folder: Path, size: int) -> None:
-    """Each byte is an id, so that any prompt has one; the other ids are spelled as numbers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """Each token is spelled as its number, and each word of a prompt is the token 0."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # "Ġ" is how this alphabet writes a space.
-    names = [*alphabet, "<end>", *(f"Ġ{i}" for i in range(257, size))]
-    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    words = models.WordLevel({str(number): number for number in range(size)}, unk_token="0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="1")
     whole.save_pretrained(folder)

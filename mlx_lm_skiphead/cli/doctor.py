@@ -307,10 +307,6 @@ def _look_at_ranks(report: Report, measures_links: bool) -> None:
         if measures_links and not differing.keys() & {"mlx-lm-skiphead", "links"}:
             found = report["links"] = links.measure(group)
             problems += [f"The links are broken: {found['garbled']}."] if found["garbled"] else []
-            step = (
-                "A step takes {step_ms:.2f} ms on the links alone, at most {highest_step_ms:.2f}."
-            )
-            notes.append(step.format_map(found))
             for is_slow, line in links.judge(found["links"]):
                 (warnings if is_slow else notes).append(line)
     except (RuntimeError, ValueError) as error:

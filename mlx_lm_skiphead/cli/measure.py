@@ -20,9 +20,8 @@ from mlx_lm.sample_utils import make_sampler
 
 from .. import install, status, uninstall
 from ..weights.on_disk import is_pending, size_of
-from . import downloads
 from .links import total
-from .models import Split, family_of, locate
+from .models import Split, family_of
 from .ranks import WAYS
 
 FEWEST, MOST, SECONDS = 8, 64, 2.0
@@ -63,7 +62,7 @@ class Measurement:
             ``on_disk``: the bytes of each module that stays there with the plugin.
             ``loaded_bytes``, ``peak_bytes``: by way, in memory.
             ``answers``: by way, see `_answer`; empty without a text. ``head_bytes``: of its
-            weights. ``downloads``: see `downloads.of_rank`.
+            weights.
         """
         task, cases = self.task, self.task["cases"]
         on_disk: dict[str, int] = next((model.on_disk for model in status().models), {})
@@ -94,12 +93,7 @@ class Measurement:
                     self.say(step=of.format(done + 1, task["rounds"], *case))
                     measured = self._generate(case, length)
                     self.say(measured={"case": case, "way": way, **measured})
-        return {
-            "on_disk": on_disk,
-            **told,
-            "head_bytes": size_of(self.head),
-            "downloads": downloads.of_rank(locate(task["model"]), self.split),
-        }
+        return {"on_disk": on_disk, "head_bytes": size_of(self.head), **told}
 
     def _agreed(self, ms_per_token: float) -> int:
         """How many tokens take `SECONDS` on rank 0, within reason; the same on all ranks."""
