@@ -210,8 +210,8 @@ def test_known_faults_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(mlx: str, mlx_lm: str = "0.32.2") -> list[str]:
         return list(doctor.judge_versions(mlx, mlx_lm))
 
-    for variable in doctor.KNOWN["faults"]:
-        monkeypatch.delenv(variable, raising=False)
+    for fault in doctor.KNOWN["faults"]:
+        monkeypatch.delenv(fault["setting"] or "none", raising=False)
     assert judged("0.32.3") == judged("0.32.10") == []
     for mlx in ("0.32.2", "0.32.0", "0.31.2"):
         (warning,) = judged(mlx)

@@ -40,8 +40,9 @@ from .shared import Unusable, new_command, one_line, table
 Report = dict[str, Any]
 
 KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text())
-"""What is known of versions. ``tested``: of mlx-lm, with which all is tested (tests/versions.py).
-``faults``: by a variable with which ``versions`` of mlx it is dangerous to set it, and ``why``."""
+"""What is known of versions. ``tested``: those of mlx-lm with which all is tested
+(tests/versions.py). ``faults``: versions of mlx with a fault, and ``why`` that counts; with a
+``setting``, a variable, only if that is set."""
 BACKENDS = ("ring", "jaccl", "mpi", "nccl")
 HARMLESS = {"Python", "mlx", "packaging", "rich", "wrapt", "settings of mlx"}
 """Facts in which ranks may differ."""
@@ -173,18 +174,16 @@ def judge_versions(mlx: str, mlx_lm: str) -> Iterator[str]:
     """Warnings of versions, and of settings of MLX that are known to fail with this one."""
     if not satisfies(mlx_lm, KNOWN["tested"]):
         yield f"mlx-lm {mlx_lm}: the plugin has been tested with {KNOWN['tested']}."
-    if not satisfies(mlx, ">=0.32.3"):
-        line = "its ring may not notice that a rank is lost (mlx #4060)"
-        yield f"mlx {mlx}: {line}. Version 0.32.3 or newer is recommended."
-    for variable in _settings_of_mlx():
-        fault = KNOWN["faults"][variable]
-        if satisfies(mlx, fault["versions"]):
-            yield f"{variable} is set: {fault['why']}."
+    for fault in KNOWN["faults"]:
+        if satisfies(mlx, fault["mlx"]) and fault["setting"] in ("", *_settings_of_mlx()):
+            subject = f"{fault['setting']} is set" if fault["setting"] else f"mlx {mlx}"
+            yield f"{subject}: {fault['why']}."
 
 
 def _settings_of_mlx() -> list[str]:
     """Those of the dangerous variables that are set."""
-    return [name for name in KNOWN["faults"] if os.environ.get(name, "0").strip() not in ("", "0")]
+    settings = (fault["setting"] for fault in KNOWN["faults"])
+    return [name for name in settings if os.environ.get(name, "0").strip() not in ("", "0")]
 
 
 def _look_at_targets(report: Report, modules: Sequence[str]) -> None:
