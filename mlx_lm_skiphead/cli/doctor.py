@@ -326,9 +326,10 @@ def _facts(report: Report, measures_links: bool) -> dict[str, str]:
 
 
 def _print(console: Console, report: Report) -> None:
-    for name, columns in (("versions", ("version", "needed", "")), ("targets", ("state", "why"))):
-        rows = [[name, *found.values()] for name, found in report[name].items()]
-        console.print(table("", (name, *columns), rows, is_text=True))
+    tables = {"versions": ("versions", "", "needed", ""), "targets": ("patches", "state", "why")}
+    for key, columns in tables.items():
+        rows = [[name, *found.values()] for name, found in report[key].items()]
+        console.print(table("", columns, rows, is_text=True))
     if not report["problems"] and not report["warnings"]:
         report["notes"].append("No problem was found.")
     for name, style in (("notes", ""), ("warnings", "yellow"), ("problems", "red")):

@@ -45,15 +45,13 @@ def measure(group: mx.distributed.Group) -> dict[str, Any]:
 
 
 def judge(links: list[dict[str, Any]]) -> Iterator[tuple[bool, str]]:
-    """For each link whether it is slow, beside the others or in itself, and a line."""
+    """A line about each link, after whether it is slow: beside the best one, or for any wire."""
     # The faster way of each link: a machine with other work to do makes one of them look slow.
     speeds = [max(link["there_mb_s"], link["back_mb_s"]) for link in links]
     best, most = min(link["latency_ms"] for link in links), max(speeds)
     for link, speed in zip(links, speeds, strict=True):
         line = "The link between ranks {between[0]} and {between[1]} has a latency of "
-        line += (
-            "{latency_ms:.2f} ms, and carries {there_mb_s:.1f} MB/s there and {back_mb_s:.1f} back"
-        )
+        line += "{latency_ms:.2f} ms, carries {there_mb_s:.1f} MB/s there and {back_mb_s:.1f} back"
         line = line.format_map(link)
         is_late = link["latency_ms"] > min(SLOW_MS, max(UNEVEN * best, 1.0))
         if is_late or speed < most / UNEVEN:
