@@ -249,9 +249,9 @@ def _ranks_table(results: Sequence[dict[str, Any]]) -> Table:
         left = f"{sum(result['on_disk'].values()) / 1e6:.1f}"
         row = [str(rank), role(rank, len(results)), *sizes, left]
         rows.append([*row, both(heads, 2)] if heads else row)
-    columns = ["rank", "role", "MB after loading", "at most", "left on disk", "heads per token"]
-    title = f"ranks, with a head of {results[0]['head_bytes'] / 1e6:.1f} MB: unpatched → plugin"
-    return table(title, columns[: len(rows[0])], rows)
+    columns = ["rank", "role", "loaded", "at most", "on disk", "heads/token"]
+    title = f"MB in memory and left on disk, a head of {results[0]['head_bytes'] / 1e6:.1f}"
+    return table(f"{title}: unpatched → plugin", columns[: len(rows[0])], rows)
 
 
 def _range(spread: dict[str, Any]) -> str:
