@@ -58,17 +58,18 @@ def _imported_by_autowrapt(module: object) -> None:
 
 def _is_command_line() -> bool:
     import sys
+    from itertools import pairwise
 
-    return sys.orig_argv[1:3] == ["-m", __name__] or sys.argv[0].endswith("mlx-lm-skiphead")
+    is_module = sys.argv[0] == "-m" and ("-m", __name__) in pairwise(sys.orig_argv)
+    return is_module or sys.argv[0].endswith("mlx-lm-skiphead")
 
 
 try:
     _mode = requested_mode()
-except ValueError:
+    if _mode != "off":
+        from .installing import install
+
+        install(_mode)
+except (ValueError, ImportError):  # a variable that is not understood, or no wrapt
     if not _is_command_line():  # which says so in a line
         raise
-    _mode = "off"
-if _mode != "off":
-    from .installing import install
-
-    install(_mode)

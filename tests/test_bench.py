@@ -19,7 +19,7 @@ from test_demo import ranks_of
 
 from mlx_lm_skiphead.cli import main
 from mlx_lm_skiphead.cli.bench import interval
-from mlx_lm_skiphead.cli.ranks import RankFailed, Ranks, free_ports, records
+from mlx_lm_skiphead.cli.ranks import RankFailed, free_ports, records, running
 
 BENCH = ("-m", "mlx_lm_skiphead", "bench")
 INSTRUMENTS = (str(Path(__file__).with_name("tools") / "bench.py"),)
@@ -159,15 +159,12 @@ def test_what_two_ranks_print_is_told_apart(at, told, tmp_path):
     event = {"result": {"text": " |x" * 9000}}
     first, other = b"".join(records(0, event)), b"".join(records(1, {"result": 1}))
     (tmp_path / "said").write_bytes(first[:at] + b"[INFO] of others\n" + other + first[at:])
-    with Ranks(2, ["cat", str(tmp_path / "said")]) as started:
+    with running(2, ["cat", str(tmp_path / "said")]) as events:
         if told:
-            assert list(started.events()) == [
-                (1, {"result": 1, "rank": 1}),
-                (0, {**event, "rank": 0}),
-            ]
+            assert list(events) == [(1, {"result": 1}), (0, event)]
         else:
             with pytest.raises(RankFailed, match="rank 0: a part of what it printed has been lost"):
-                list(started.events())
+                list(events)
 
 
 def test_instruments(model):
@@ -199,7 +196,7 @@ def test_a_rank_that_is_killed(model):
         assert line, "it has ended"
     command = ["ps", "-o", "pid=,args=", "-p", ",".join(map(str, descendants(process.pid)))]
     listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    ranks = [int(line.split()[0]) for line in listed if "cli.rank " in line]
+    ranks = [int(line.split()[0]) for line in listed if "cli.ranks " in line]
     assert len(ranks) == 2, listed
     os.kill(ranks[1], signal.SIGKILL)
     output, errors = process.communicate(timeout=60)

@@ -37,14 +37,16 @@ def test_demo() -> None:
         env={**os.environ, "COLUMNS": "120", warm.JOIN: "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = re.findall(r"│ +(\d) │ (.+?) +│ +\d-\d │ +([\d.]+ → [\d.]+) │", done.stdout)
-    assert rows == [
-        ("0", "head", "1.00 → 1.00"),
-        ("1", "middle", "1.00 → 0.00"),
-        ("2", "first stage", "1.00 → 0.00"),
+    cell = r" +([\d.]+) → ([\d.]+) │"
+    row = rf"│ +(\d) │ (.+?) +│{cell}{cell} +([\d.]+) │{cell}"
+    rows = re.findall(row, done.stdout)
+    assert [(*found[:2], *found[-2:]) for found in rows] == [
+        ("0", "head", "1.00", "1.00"),
+        ("1", "middle", "1.00", "0.00"),
+        ("2", "first stage", "1.00", "0.00"),
     ]
-    row = r"│ +\d │ +([\d.]+) → ([\d.]+) │ +[\d.]+ → [\d.]+ │ +([\d.]+) │"
-    memory = [[float(number) for number in found] for found in re.findall(row, done.stdout)]
+    # After loading, without the plugin and with it, and what it left on disk.
+    memory = [[float(found[place]) for place in (2, 3, 6)] for found in rows]
     assert [on_disk for _, _, on_disk in memory] == [134.2, 268.4, 134.2]
     assert all(abs(plain - (skip + left)) < 0.2 for plain, skip, left in memory), memory
     assert "Tokens agree: on all ranks, both ways, in every round." in done.stdout
@@ -52,11 +54,6 @@ def test_demo() -> None:
     assert "Answers agree: 4 greedy tokens and 4 at temperature 0.8, on all 3 ranks" in said
     assert "plugin / unpatched" in done.stdout
     assert "only rank 0 ran the head, and 537 MB of weights stayed on disk." in said
-    sizes = re.search(r"downloads ([\d.]+) MB .* in place of ([\d,.]+) MB: ", said)
-    assert sizes is not None
-    needed, every = (float(size.replace(",", "")) for size in sizes.groups())
-    # The head is in one file, the embedding in one with some of the first layer.
-    assert 4 * 134.2 < every - needed < 4 * 140
     steps = done.stderr.splitlines()
     assert all(re.match("loading|warming up|answering|round", step) for step in steps), steps
 
@@ -96,14 +93,15 @@ def answers(unpatched: dict[str, Any], last: dict[str, Any]) -> list[dict[str, A
 
 
 def test_different_tokens_are_said_and_exit_1() -> None:
-    plain = {"text": "a", "greedy": [1, 2], "seeded": [3], "heads_per_token": 0}
+    plain = {"text": "a", "tokens": [[1, 2], [3]], "heads_per_token": 0}
     console = Console(record=True, width=120)
-    assert demo._compare(console, answers(plain, {**plain, "greedy": [1, 9]})) == 1
-    assert "rank 1, greedy: [1, 9] where unpatched mlx-lm gives [1, 2]" in console.export_text()
+    assert demo._compare(console, answers(plain, {**plain, "tokens": [[1, 9], [3]]})) == 1
+    said = console.export_text()
+    assert "rank 1 gives [[1, 9], [3]] where unpatched mlx-lm gives [[1, 2], [3]]" in said
 
 
 def test_workers_that_run_heads_are_said_and_exit_1() -> None:
-    plain = {"text": "a", "greedy": [1], "seeded": [3], "heads_per_token": 1}
+    plain = {"text": "a", "tokens": [[1], [3]], "heads_per_token": 1}
     console = Console(record=True, width=120)
     assert demo._compare(console, answers(plain, plain)) == 1
     assert "workers ran heads with the plugin on" in console.export_text()

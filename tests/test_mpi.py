@@ -195,7 +195,7 @@ def test_demo_and_bench(checkpoint: Path) -> None:
     demo = command("demo", "--model", model, "--max-tokens", "3", *mpi)
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert "Answers agree: 3 greedy" in demo.stdout
-    assert re.search(r"│ +1 │ first stage │ +\d-\d │ +1.00 → 0.00 │", demo.stdout)
+    assert re.search(r"│ +1 │ first stage │.*│ +1.00 → 0.00 │", demo.stdout)
 
     sizes = ["--batch", "1,2", "--tokens", "3", "--rounds", "2", "--json"]
     bench = command("bench", model, *sizes, *mpi)
@@ -219,7 +219,7 @@ def test_doctor(tmp_path: Path) -> None:
     done: Any = ranks.launch(
         script, "--links", ranks=2, env=wide, launcher="mpirun", timeout=LONG, check=False
     )
-    assert "2 ranks agree." in done.stdout and "on the links alone" in done.stdout
+    assert "2 ranks agree." in done.stdout and "The link between ranks 0 and 1 has" in done.stdout
     # As where MLX does not find the library: then each rank would be alone, without an error.
     no_library = {**wide, "MLX_MPI_LIBNAME": "/nowhere.so"}
     done = ranks.launch(script, ranks=2, env=no_library, launcher="mpirun", check=False)

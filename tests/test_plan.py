@@ -66,6 +66,12 @@ def test_plan_is_what_ranks_load(case, folder, loaded):
     assert case.startswith(family) or family in ("deepseek_v32", "glm4_moe", "qwen3_5")
 
 
+def test_downloads_are_the_same_with_a_context(folder):
+    plain, long = (sizes.plan(folder / "deepseek_v3", RANKS, context=c).ranks for c in (0, CONTEXT))
+    assert [rank.downloads for rank in long] == [rank.downloads for rank in plain]
+    assert plain[0].downloads["needed"] != plain[0].downloads["all"]
+
+
 def test_reads_are_of_some_experts(folder):
     config = tiny_models.CONFIGS["deepseek_v3"]
     used = config["num_experts_per_tok"] / config["n_routed_experts"]

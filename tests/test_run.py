@@ -65,6 +65,20 @@ def test_the_variable_is_heeded(value: str, mode: str, folder: Path) -> None:
     assert ("stays off" in done.stderr) == (mode == "off")
 
 
+@pytest.mark.parametrize("variable", ["", "_WATCH", "_DOWNLOAD"])
+def test_a_value_that_is_not_understood(variable: str, folder: Path) -> None:
+    """It is a line of the command line, and an error of the import in a program."""
+    variables = {"MLX_LM_SKIPHEAD": "1", f"MLX_LM_SKIPHEAD{variable}": "bad"}
+    said = f"MLX_LM_SKIPHEAD{variable}='bad' is not understood."
+    for python in ([sys.executable], [sys.executable, "-X", "utf8"]):
+        done = run(*python, *RUN[1:], "program", "0", cwd=folder, **variables)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr.startswith(f"mlx-lm-skiphead: {said}")
+        assert done.stderr.count("\n") == 1
+    done = run(sys.executable, "program.py", "-m", "mlx_lm_skiphead", cwd=folder, **variables)
+    assert done.returncode == 1 and f"ValueError: {said}" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["no_such_module", "no.such.module", "no_such_file.py"])
 def test_what_is_not_there(name: str, folder: Path) -> None:
     done = run(*RUN, name, cwd=folder)

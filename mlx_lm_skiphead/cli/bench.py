@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .ranks import WAYS, RankFailed, Ranks, start
+from .ranks import WAYS, RankFailed, launcher, role, running
 from .shared import Unusable, at_least, both, listed, new_command, table
 
 
@@ -78,13 +78,13 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     task = {name: getattr(arguments, name) for name in ("tokens", "rounds", "text", "gpus")}
     task["model"] = str(folder)
     task["cases"] = [(b, p) for p in arguments.prompt for b in arguments.batch]
-    ranks = start(task, count, arguments.backend, arguments.hostfile, arguments.starting_port)
+    where = arguments.backend, arguments.hostfile, arguments.starting_port
     code = 0
     results: list[Any] = [None] * count
     measured: list[dict[str, Any]] = []
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ranks are ended
-        _listen(ranks, results, measured)
+        _listen(launcher(task, count, *where), results, measured)
     except RankFailed as failure:
         print(f"mlx-lm-skiphead {arguments.command}: {failure}", file=sys.stderr)
         code = 1
@@ -106,11 +106,11 @@ def _count_hosts(hostfile: Path) -> int:
     return len(hosts)
 
 
-def _listen(ranks: Ranks, results: list[Any], measured: list[dict[str, Any]]) -> None:
+def _listen(command: list[str], results: list[Any], measured: list[dict[str, Any]]) -> None:
     """Start ranks, and show what they do until all have ended; fill in results, by rank."""
     step, console = "", Console(stderr=True)
-    with ranks, console.status("starting ranks") as line:
-        for rank, event in ranks.events():
+    with running(len(results), command) as events, console.status("starting ranks") as line:
+        for rank, event in events:
             if "result" in event:
                 results[rank] = event["result"]
             elif "measured" in event:
@@ -153,10 +153,10 @@ def of_case(batch: int, prompt: int, measured: list[dict[str, Any]]) -> dict[str
         ``interval``. ``tokens_per_second``: by way, of the whole batch.
     """
     mine = [each for each in measured if each["case"] == [batch, prompt]]
-    values: dict[str, dict[str, list[float]]] = {"ms_per_token": {}, "first_token_ms": {}}
-    for quantity, ways in values.items():
-        for way in WAYS:
-            ways[way] = [e[quantity] for e in mine if (e["rank"], e["way"]) == (0, way)]
+    values = {
+        name: {way: [e[name] for e in mine if (e["rank"], e["way"]) == (0, way)] for way in WAYS}
+        for name in ("ms_per_token", "first_token_ms")
+    }
     both = zip(*values["ms_per_token"].values(), strict=False)  # the last round may be half done
     ratios = [plugin / unpatched for unpatched, plugin in both if unpatched]
     ratio = _spread(ratios)
@@ -211,7 +211,7 @@ def report(console: Console, told: dict[str, Any]) -> None:
     if cases:
         _report_times(console, cases)
     if all(told["memory"]):
-        console.print(_memory_table(told["memory"]))
+        console.print(_ranks_table(told["memory"]))
     elif not cases:
         console.print("Nothing was measured.")
         return
@@ -240,14 +240,18 @@ def _report_times(console: Console, cases: list[dict[str, Any]]) -> None:
     console.print(line.format(100 * confidence, rounds))
 
 
-def _memory_table(results: Sequence[dict[str, Any]]) -> Table:
-    """The memory of each rank, from the results of all ranks."""
+def _ranks_table(results: Sequence[dict[str, Any]]) -> Table:
+    """The memory of each rank, and the heads that it ran for an answer, if there is one."""
     rows = []
     for rank, result in enumerate(results):
+        heads = {way: answer["heads_per_token"] for way, answer in result["answers"].items()}
         sizes = (both(result[what], unit=1e6) for what in ("loaded_bytes", "peak_bytes"))
-        rows.append([str(rank), *sizes, f"{sum(result['on_disk'].values()) / 1e6:.1f}"])
-    title = "MB in memory: unpatched → plugin"
-    return table(title, ("rank", "after loading", "at most", "left on disk"), rows)
+        left = f"{sum(result['on_disk'].values()) / 1e6:.1f}"
+        row = [str(rank), role(rank, len(results)), *sizes, left]
+        rows.append([*row, both(heads, 2)] if heads else row)
+    columns = ["rank", "role", "loaded", "at most", "on disk", "heads/token"]
+    title = f"MB in memory and left on disk, a head of {results[0]['head_bytes'] / 1e6:.1f}"
+    return table(f"{title}: unpatched → plugin", columns[: len(rows[0])], rows)
 
 
 def _range(spread: dict[str, Any]) -> str:

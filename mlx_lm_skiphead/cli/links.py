@@ -1,15 +1,15 @@
-"""Measures the links between ranks without a model: what a step sends, and each link alone.
+"""Looks at the links between ranks without a model: what arrives, and how fast each link is.
 
 In a step of a pipeline, hidden states go from rank to rank down to rank 0. Then comes the token
-share, a small ``all_gather``. Data is compared with what was sent, since a broken link may change
-it.
+share, a small ``all_gather``. Such data is compared with what was sent, since a broken link, or a
+broken MLX, may change it.
 """
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,11 +24,12 @@ HIDDEN = 4096
 """Numbers of 4 bytes in the hidden states of a token."""
 ODD = (1, 3, 7, 17, 1001, 4097, 65537, 1048579)
 """Lengths in bytes that no number of ranks, wires or buffers divides: mlx #4443 was seen so."""
-PINGS = 20
 TRIAL, MOST = 1 << 14, 1 << 24
 """Bytes of the first transfer, and of the largest."""
 LONG_ENOUGH = 0.05
 """Seconds that a transfer must take for its throughput to count."""
+SLOW_MS, UNEVEN = 5.0, 5.0
+"""A latency that no wired link has, and how many times slower than the best one a link may be."""
 
 
 def measure(group: mx.distributed.Group) -> dict[str, Any]:
@@ -36,19 +37,33 @@ def measure(group: mx.distributed.Group) -> dict[str, Any]:
     rank says what it waits for (see ranks/watch.py).
 
     Returns:
-        ``steps``: how many steps of a pipeline the ranks took, without a model. ``step_ms``,
-        ``highest_step_ms``: the time of a step, median and highest without the first ones.
-        ``garbled``: the first data that did not arrive as sent, a line or "". ``links``: see
-        `each_link`.
+        ``garbled``: data that did not arrive as sent, a line or "". ``links``: see `each_link`.
     """
     watch.agreed = True
     with mx.stream(mx.cpu):
-        return {**_steps(group), "links": each_link(group)}
+        return {"garbled": _garbled(group), "links": each_link(group)}
 
 
-def _waits(group: mx.distributed.Group, what: str) -> AbstractContextManager[None]:
-    here = f"rank {group.rank()}, links"
-    return watch.watched(lambda seconds: f"{here}: has waited {seconds:.0f} s for {what}")
+def judge(links: list[dict[str, Any]]) -> Iterator[tuple[bool, str]]:
+    """A line about each link, after whether it is slow: beside the best one, or for any wire."""
+    # The faster way of each link: a machine with other work to do makes one of them look slow.
+    speeds = [max(link["there_mb_s"], link["back_mb_s"]) for link in links]
+    best, most = min(link["latency_ms"] for link in links), max(speeds)
+    for link, speed in zip(links, speeds, strict=True):
+        line = "The link between ranks {between[0]} and {between[1]} has a latency of "
+        line += "{latency_ms:.2f} ms, carries {there_mb_s:.1f} MB/s there and {back_mb_s:.1f} back"
+        line = line.format_map(link)
+        is_late = link["latency_ms"] > min(SLOW_MS, max(UNEVEN * best, 1.0))
+        if is_late or speed < most / UNEVEN:
+            waits = "each token waits" if is_late else "prompts wait"
+            line += f": {waits} for it, and the best have {best:.2f} ms and {most:.1f} MB/s"
+        yield is_late or speed < most / UNEVEN, f"{line}."
+
+
+def total(number: float = 0.0) -> float:
+    """The sum of the numbers of all ranks, for all of which it waits."""
+    result: Any = mx.distributed.all_sum(mx.array(number), stream=mx.cpu).item()
+    return float(result)
 
 
 def each_link(group: mx.distributed.Group) -> list[dict[str, Any]]:
@@ -67,14 +82,15 @@ def each_link(group: mx.distributed.Group) -> list[dict[str, Any]]:
 
 
 def _one_link(rank: int, pair: tuple[int, int]) -> dict[str, float]:
-    trips = [_exchange(rank, pair, 1, 1) for _ in range(PINGS)]
-    trip, trial = _sum([statistics.median(trips), _exchange(rank, pair, TRIAL, 1)])
+    def seconds(there: int, back: int, times: int) -> float:
+        """The median, since a pause of the machine makes one exchange look slow."""
+        return total(statistics.median(_exchange(rank, pair, there, back) for _ in range(times)))
+
+    trip, trial = seconds(1, 1, 20), seconds(TRIAL, 1, 1)
     # As long as it takes for its throughput to count; the same on both ranks.
     size = int(min(MOST, TRIAL * max(1.0, LONG_ENOUGH / max(trial - trip, 1e-5))))
-    # The best of three: a pause of the machine makes one of them look slow.
-    there = min(_exchange(rank, pair, size, 1) for _ in range(3))
-    back = min(_exchange(rank, pair, 1, size) for _ in range(3))
-    there, back = (size / max(s - trip, s / 2) / 1e6 for s in _sum([there, back]))
+    took = seconds(size, 1, 3), seconds(1, size, 3)
+    there, back = (size / max(s - trip, s / 2) / 1e6 for s in took)
     return {"latency_ms": 500 * trip, "there_mb_s": there, "back_mb_s": back}
 
 
@@ -84,58 +100,42 @@ def _exchange(rank: int, pair: tuple[int, int], there: int, back: int) -> float:
     Returns:
         The seconds that this takes, on the first one; 0 on all others.
     """
-    data = mx.zeros(there, mx.uint8), mx.zeros(back, mx.uint8)
-    mx.eval(data)
+    first, second = pair
+    sent = (first, second, mx.zeros(there, mx.uint8)), (second, first, mx.zeros(back, mx.uint8))
+    mx.eval([data for *_, data in sent])
     start = time.perf_counter()
-    if rank == pair[0]:
-        mx.eval(mx.distributed.send(data[0], pair[1]))
-        _receive(data[1], pair[1])
-        return time.perf_counter() - start
-    if rank == pair[1]:
-        _receive(data[0], pair[0])
-        mx.eval(mx.distributed.send(data[1], pair[0]))
-    return 0.0
+    for source, target, data in sent:
+        if rank == source:
+            mx.eval(mx.distributed.send(data, target))
+        elif rank == target:
+            mx.eval(mx.distributed.recv_like(data, source))
+    return time.perf_counter() - start if rank == first else 0.0
 
 
-def _sum(mine: list[float]) -> list[float]:
-    """The sums of all ranks' numbers."""
-    total: Any = inspect.unwrap(mx.distributed.all_sum)(mx.array(mine)).tolist()
-    return list(total)
+def _waits(group: mx.distributed.Group, what: str) -> AbstractContextManager[None]:
+    here = f"rank {group.rank()}, links"
+    return watch.watched(lambda seconds: f"{here}: has waited {seconds:.0f} s for {what}")
 
 
-def _steps(group: mx.distributed.Group) -> dict[str, Any]:
-    rank, last = group.rank(), group.size() - 1
-    gather = inspect.unwrap(mx.distributed.all_gather)
-    times: list[float] = []
-    garbled = ""
+def _garbled(group: mx.distributed.Group) -> str:
+    """What arrives otherwise than it was sent in steps of a pipeline, without a model; or ""."""
+    rank, last, garbled = group.rank(), group.size() - 1, ""
     for number, length in enumerate((*ODD, *ODD[:-2] * ROUNDS)):
         hidden = sent = mx.full((1, 1, HIDDEN), number, mx.float32)
         rows = mx.stack([(mx.arange(length) * 31 + r).astype(mx.uint8) for r in range(last + 1)])
-        mx.eval(sent, rows)
-        start = time.perf_counter()
         if rank < last:
             with _waits(group, f"what rank {rank + 1} sends in step {number}"):
-                hidden = _receive(sent, rank + 1)
+                hidden = mx.distributed.recv_like(sent, rank + 1)
+                mx.eval(hidden)
         mine = rows[rank : rank + 1]
         if rank > 0:
             mine = mx.depends(mine, mx.distributed.send(hidden, rank - 1))
         with _waits(group, f"the share of step {number}, {length} bytes of each rank"):
-            everyone = gather(mine)
+            everyone = mx.distributed.all_gather(mine)
             mx.eval(everyone)
-        times.append(1000 * (time.perf_counter() - start))
-        if not mx.array_equal(hidden, sent):
-            garbled = f"rank {rank} got other hidden states than were sent in step {number}"
-        if not mx.array_equal(everyone, rows):
-            garbled = f"rank {rank} got other bytes than were shared in step {number}"
+        if not (mx.array_equal(hidden, sent) and mx.array_equal(everyone, rows)):
+            garbled = f"rank {rank} got other data than were sent in step {number}"
     # Rank 0, which prints the report, may itself have got what was sent.
-    if _sum([float(bool(garbled))])[0] and not garbled:
+    if total(bool(garbled)) and not garbled:
         garbled = "another rank got other data than were sent"
-    middle, highest = statistics.median(times), max(times[len(ODD) :])  # the first ones connect
-    ms = {"step_ms": middle, "highest_step_ms": highest}
-    return {"steps": len(times), **ms, "garbled": garbled}
-
-
-def _receive(like: mx.array, source: int) -> mx.array:
-    received = mx.distributed.recv_like(like, source)
-    mx.eval(received)
-    return received
+    return garbled

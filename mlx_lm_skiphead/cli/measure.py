@@ -5,7 +5,6 @@ Tokens, their times, memory, and how often the head was evaluated.
 
 from __future__ import annotations
 
-import functools
 import gc
 import hashlib
 import importlib
@@ -21,8 +20,8 @@ from mlx_lm.sample_utils import make_sampler
 
 from .. import install, status, uninstall
 from ..weights.on_disk import is_pending, size_of
-from . import downloads
-from .models import Split, family_of, locate
+from .links import total
+from .models import Split, family_of
 from .ranks import WAYS
 
 FEWEST, MOST, SECONDS = 8, 64, 2.0
@@ -62,8 +61,8 @@ class Measurement:
         Returns:
             ``on_disk``: the bytes of each module that stays there with the plugin.
             ``loaded_bytes``, ``peak_bytes``: by way, in memory.
-            ``answers``: by way, see `_answer`; empty without a text. ``layers``: the first one and
-            the one after the last. ``head_bytes``. ``downloads``: see `downloads.of_rank`.
+            ``answers``: by way, see `_answer`; empty without a text. ``head_bytes``: of its
+            weights.
         """
         task, cases = self.task, self.task["cases"]
         on_disk: dict[str, int] = next((model.on_disk for model in status().models), {})
@@ -94,32 +93,18 @@ class Measurement:
                     self.say(step=of.format(done + 1, task["rounds"], *case))
                     measured = self._generate(case, length)
                     self.say(measured={"case": case, "way": way, **measured})
-        return {
-            "on_disk": on_disk,
-            **told,
-            "layers": [self.split.stage.start_idx, self.split.stage.end_idx],
-            "head_bytes": size_of(self.head),
-            "downloads": downloads.of_rank(locate(task["model"]), self.split),
-        }
-
-    def _meet(self, number: float = 0.0) -> float:
-        """Wait for all ranks; the sum of their numbers."""
-        total: Any = mx.distributed.all_sum(mx.array(number), stream=mx.cpu).item()
-        return float(total)
+        return {"on_disk": on_disk, "head_bytes": size_of(self.head), **told}
 
     def _agreed(self, ms_per_token: float) -> int:
         """How many tokens take `SECONDS` on rank 0, within reason; the same on all ranks."""
         tokens = round(1000 * SECONDS / ms_per_token)
-        return int(self._meet(min(MOST, max(FEWEST, tokens)) if self.group.rank() == 0 else 0))
+        return int(total(min(MOST, max(FEWEST, tokens)) if self.group.rank() == 0 else 0))
 
     def _generate(self, case: tuple[int, int], tokens: int) -> dict[str, Any]:
         """Generate `tokens` for each of a batch: times, and a digest of the tokens."""
-        batch, length = case
-        prompts = [
-            [(31 * i + 7 * i * i + 11 * b) % self.vocabulary for i in range(length)]
-            for b in range(batch)
-        ]
-        self._meet()
+        places, rows = mx.arange(case[1]), mx.arange(case[0])[:, None]
+        prompts: Any = (((31 + 7 * places) * places + 11 * rows) % self.vocabulary).tolist()
+        total()  # so that all ranks begin together
         steps, seconds = [], []
         start = time.perf_counter()
         for ids in decode(self.model, prompts, tokens):
@@ -134,27 +119,28 @@ class Measurement:
         }
 
     def _answer(self) -> dict[str, Any]:
-        """The tokens of two answers to the prompt, ``greedy`` and ``seeded``; the ``text`` of the
-        first one, and its ``heads_per_token``."""
+        """Answer the prompt, greedily and with a seed.
+
+        Returns:
+            ``tokens``: of both answers. ``text``: of the first one. ``heads_per_token``: of both.
+        """
         text, tokenizer = self.task["text"], self.tokenizer
         ids = tokenizer.encode(text)
         if tokenizer.chat_template is not None:
             messages = [{"role": "user", "content": text}]
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-
-        def stream(temperature: float) -> list[Any]:
-            mx.random.seed(0)
-            tokens, sampler = self.task["tokens"] or FEWEST, make_sampler(temperature)
-            return list(mlx_lm.stream_generate(self.model, tokenizer, ids, tokens, sampler=sampler))
-
+        answers = []
         with count_heads(self.model) as count:
-            steps = stream(0.0)
+            for temperature in (0.0, TEMPERATURE):
+                mx.random.seed(0)
+                options = {"max_tokens": self.task["tokens"], "sampler": make_sampler(temperature)}
+                answers.append([*mlx_lm.stream_generate(self.model, tokenizer, ids, **options)])
+        # mlx-lm computes one token more than it gives out.
+        computed = sum(len(answer) + 1 for answer in answers)
         return {
-            "greedy": [step.token for step in steps],
-            "text": "".join(step.text for step in steps),
-            # mlx-lm computes one token more than it gives out.
-            "heads_per_token": count.evaluated() / (len(steps) + 1),
-            "seeded": [step.token for step in stream(TEMPERATURE)],
+            "tokens": [[step.token for step in answer] for answer in answers],
+            "text": "".join(step.text for step in answers[0]),
+            "heads_per_token": count.evaluated() / computed,
         }
 
 
@@ -192,37 +178,23 @@ class HeadCount(list[mx.array]):
         """
         return sum(not is_pending(logits) for logits in self)
 
-    def add(self, run_head: Callable[[], mx.array]) -> mx.array:
-        """Run a head, and keep its logits."""
-        self.append(run_head())
-        return self[-1]
-
 
 @contextmanager
 def count_heads(model: Any) -> Iterator[HeadCount]:
     """Count the heads of `model` that this rank evaluates inside the ``with`` block."""
-    count = HeadCount()
-    with around_head(model, count.add):
-        yield count
-
-
-@contextmanager
-def around_head(model: Any, around: Callable[[Callable[[], mx.array]], mx.array]) -> Iterator[None]:
-    """Inside the ``with`` block call `around` where the head of `model` is to run.
-
-    Its argument is a function that runs the head and returns the logits. It returns the logits.
-    """
-    family = family_of(model)
+    family, count = family_of(model), HeadCount()
     head = family.head_of(family.owner_of(model))
     # An embedding that serves as the head does so through another method.
     method = "as_linear" if hasattr(head, "as_linear") else "__call__"
 
-    def called(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        run_head = functools.partial(wrapped, *args, **kwargs)
-        return around(run_head) if instance is head else run_head()
+    def keep(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        logits = wrapped(*args, **kwargs)
+        if instance is head:
+            count.append(logits)
+        return logits
 
-    handle = wrapt.wrap_function_wrapper(type(head), method, called)
+    handle = wrapt.wrap_function_wrapper(type(head), method, keep)
     try:
-        yield
+        yield count
     finally:
         wrapt.unwrap_object(type(head), method, handle)

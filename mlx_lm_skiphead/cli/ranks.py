@@ -1,16 +1,22 @@
 """Starts ranks and reads what they print; leaves no process and no port behind.
 
-A rank is ``python -m mlx_lm_skiphead.cli.rank``, which prints `records` of events. It is started
-by ``mlx.launch``, as people do.
+A rank of a bench or a demo is ``python -m mlx_lm_skiphead.cli.ranks TASK``. It is started by
+``mlx.launch``, as people do. It loads a model and runs it with the plugin and without it in turn,
+in one process, so that drift of the machine cancels. What it tells are JSON objects, as `records`:
+
+- ``{"step": ...}``: what it does now.
+- ``{"measured": ...}``: one generation of a round.
+- ``{"result": ...}``: the last one; see `measure.Measurement.run`.
+- ``{"error": ...}``: the last one, if the model cannot be used.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import os
-import queue
 import random
 import re
 import signal
@@ -18,6 +24,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,89 +62,80 @@ def records(rank: int, event: Event) -> Iterator[bytes]:
         yield f"{line:{RECORD - 1}}\n".encode()
 
 
-class Ranks:
-    """The ranks of one pipeline. Leaving the ``with`` block ends every one of them.
+@contextlib.contextmanager
+def running(count: int, command: Sequence[str]) -> Iterator[Iterator[tuple[int, Event]]]:
+    """Inside the ``with`` block the ranks of one pipeline run. At its end every one is ended.
 
     Args:
-        count: how many.
+        count: how many ranks.
         command: of the one process that this starts: a rank, or a launcher of ranks.
+
+    Yields:
+        What the ranks print, see `_events`.
     """
-
-    def __init__(self, count: int, command: Sequence[str]) -> None:
-        self._count, self._command = count, command
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._printed = deque[str](maxlen=60)
-
-    def __enter__(self) -> Ranks:
-        inherited = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
-        self._process = subprocess.Popen(
-            self._command,
-            env=inherited,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,  # Ctrl-C is for this process, which ends its ranks
-        )
-        threading.Thread(target=self._listen, daemon=True).start()
-        if (stdin := self._process.stdin) and self._count > 1:
+    process = subprocess.Popen(
+        command,
+        env={k: v for k, v in os.environ.items() if k not in NOT_INHERITED},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # Ctrl-C is for this process, which ends its ranks
+    )
+    try:
+        if process.stdin and count > 1:
             # mlx.launch waits actively while the pipes to its ranks have room. They read nothing.
             with contextlib.suppress(BrokenPipeError):
-                stdin.write("\n" * 65536)
-                stdin.flush()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        group = self._process.pid
-        if self._process.poll() is None:
+                process.stdin.write("\n" * 65536)
+                process.stdin.flush()
+        yield _events(process, count)
+    finally:
+        if process.poll() is None:
             # To all of its session, as Ctrl-C in a terminal: a launcher alone would wait for its
             # ranks. Those on other machines end with their ssh.
-            os.killpg(group, signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(20)
+                process.wait(20)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGKILL)
-        self._process.wait()
-
-    def events(self) -> Iterator[tuple[int, Event]]:
-        """What the ranks print, as ``(rank, event)``, until each has said its result.
-
-        Raises:
-            RankFailed: as soon as one has ended before that.
-        """
-        left = self._count
-        while left:
-            event = self._events.get()
-            if event is None:
-                said = "".join(self._printed).strip() or "it printed nothing"
-                raise RankFailed(f"exit code {self._process.wait()}:\n{said}")
-            if "error" in event:
-                raise RankFailed(f"rank {event['rank']}: {event['error']}")
-            left -= "result" in event
-            yield event["rank"], event
-
-    def _listen(self) -> None:
-        pieces: dict[int, list[tuple[int, str]]] = {}
-        for line in self._process.stdout or ():
-            if (record := _RECORD.search(line)) is None:
-                self._printed.append(line)
-                continue
-            rank, left = int(record[1]), int(record[2])
-            pieces.setdefault(rank, []).append((left, record[3]))
-            if left == 0:
-                numbers, texts = zip(*pieces.pop(rank), strict=True)
-                event = {"error": "a part of what it printed has been lost"}
-                if numbers == tuple(reversed(range(len(numbers)))):
-                    event = json.loads("".join(texts))
-                self._events.put({**event, "rank": rank})
-        self._events.put(None)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def start(
+def _events(process: subprocess.Popen[str], count: int) -> Iterator[tuple[int, Event]]:
+    """What `count` ranks print, as ``(rank, event)``, until each has said its result.
+
+    Raises:
+        RankFailed: as soon as one has ended before that, or has said an error.
+    """
+    printed = deque[str](maxlen=60)
+    pieces: dict[int, list[tuple[int, str]]] = {}
+    for line in process.stdout or ():
+        if (record := _RECORD.search(line)) is None:
+            printed.append(line)
+            continue
+        rank, left = int(record[1]), int(record[2])
+        pieces.setdefault(rank, []).append((left, record[3]))
+        if left:
+            continue
+        numbers, texts = zip(*pieces.pop(rank), strict=True)
+        event = {"error": "a part of what it printed has been lost"}
+        if numbers == tuple(reversed(range(len(numbers)))):
+            event = json.loads("".join(texts))
+        if "error" in event:
+            raise RankFailed(f"rank {rank}: {event['error']}")
+        yield rank, event
+        count -= "result" in event
+        if not count:
+            return
+    said = "".join(printed).strip() or "it printed nothing"
+    raise RankFailed(f"exit code {process.wait()}:\n{said}")
+
+
+def launcher(
     task: Mapping[str, Any], count: int, backend: str, hostfile: Path | None, port: int
-) -> Ranks:
-    """Ranks that do a task, on this machine or on those of a host file, not yet started.
+) -> list[str]:
+    """The command that starts ranks for a task, on this machine or on those of a host file.
 
     On other machines this Python and the model must have the same paths. On this machine ranks end
     when this process does, also if it is killed.
@@ -146,7 +144,7 @@ def start(
         task = {**task, "ends_with": os.getpid()}
     command = rank_command(task)
     if count == 1:  # MLX refuses a ring of one
-        return Ranks(count, command)
+        return command
     beside = Path(sys.executable).with_name("mlx.launch")
     launch = [str(beside) if beside.exists() else "mlx.launch", "--backend", backend]
     launch += ["--hostfile", str(hostfile)] if hostfile else ["-n", str(count)]
@@ -155,13 +153,13 @@ def start(
         launch += ["--mpi-arg", "--oversubscribe --bind-to none"]
     # "env", since mlx before 0.32 takes a path to Python for the script. Without the variable ranks
     # that wait for others take whole cores over MPI.
-    return Ranks(count, [*launch, "--", "env", "OMPI_MCA_mpi_yield_when_idle=1", *command])
+    return [*launch, "--", "env", "OMPI_MCA_mpi_yield_when_idle=1", *command]
 
 
 def launched_rank() -> int | None:
     """The number of this process among those of mlx.launch or mpirun; None outside of them."""
-    numbers = (os.environ.get(name) for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"))
-    return next((int(number) for number in numbers if number), None)
+    number = os.environ.get("MLX_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
+    return int(number) if number else None
 
 
 def role(rank: int, ranks: int) -> str:
@@ -172,7 +170,7 @@ def role(rank: int, ranks: int) -> str:
 def rank_command(task: Mapping[str, Any]) -> list[str]:
     """The command of a rank. The task is in letters and digits only, for shells on the way."""
     text = base64.b64encode(json.dumps(task).encode()).decode()
-    return [sys.executable, "-m", "mlx_lm_skiphead.cli.rank", text]
+    return [sys.executable, "-m", "mlx_lm_skiphead.cli.ranks", text]
 
 
 def free_ports(count: int) -> int:
@@ -184,3 +182,51 @@ def free_ports(count: int) -> int:
                 opened.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
     raise RuntimeError(f"there are no {count} free ports in a row")
+
+
+def main() -> None:
+    """Run as a rank."""
+    task = json.loads(base64.b64decode(sys.argv[1]))
+    if starter := task.get("ends_with"):
+        threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
+    if task["gpus"] is not None:  # which CUDA reads when it starts, so before MLX is imported
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(task["gpus"][launched_rank() or 0])
+    import mlx.core as mx
+
+    from .measure import Measurement
+
+    try:
+        # `strict`, or each rank would be alone where MLX does not find the library of MPI.
+        is_mpi = "OMPI_COMM_WORLD_RANK" in os.environ
+        group = mx.distributed.init(strict=is_mpi, backend="mpi" if is_mpi else "any")
+        say(result=Measurement(task, group, say).run())
+    except (ValueError, OSError) as error:  # a model that is not there or cannot be pipelined
+        say(error=str(error))
+
+
+def say(**event: Any) -> None:
+    """Tell the process that started the ranks."""
+    for record in records(launched_rank() or 0, event):
+        os.write(_output(), record)
+
+
+@functools.cache
+def _output() -> int:
+    """The standard output, in which nothing else is printed from now on."""
+    output = os.dup(1)
+    os.dup2(2, 1)
+    return output
+
+
+def _end_with(process: int) -> None:
+    """End this process when another one of this machine has ended."""
+    try:
+        while True:
+            os.kill(process, 0)
+            time.sleep(0.5)
+    except OSError:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rich.table import Table
-from rich.text import Text
 
 T = TypeVar("T")
 
@@ -69,7 +68,7 @@ def one_line(error: BaseException) -> str:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], is_text: bool = False
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], is_text: bool = False
 ) -> Table:
     """A table of `rows`. Columns are aligned to the right, or to the left if they have text."""
     made = Table(title=title)

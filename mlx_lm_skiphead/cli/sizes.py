@@ -86,6 +86,7 @@ def plan(
         size = size_of(part.model)
         unread = unused(family, owner, stage)
         on_disk = {n: size_of(family.parent_of(owner, n)[n]) for n in unread}
+        files = downloads.of_rank(folder, part)  # before `_cache` takes the rank for the only one
         planned.append(
             Rank(
                 rank,
@@ -97,7 +98,7 @@ def plan(
                 {batch: _reads(part, embedding, batch) for batch in sorted({1, *batches})},
                 size_of(family.head_of(owner)),
                 max(batches) * _cache(part, context) if context else 0,
-                downloads.of_rank(folder, part),
+                files,
             )
         )
     return Plan(family.name, row, planned)

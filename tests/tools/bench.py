@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import wrapt
 from rich.console import Console
 
-from mlx_lm_skiphead.cli import bench, rank, ranks
+from mlx_lm_skiphead.cli import bench, ranks
 from mlx_lm_skiphead.cli.formula import Link, token
-from mlx_lm_skiphead.cli.ranks import WAYS, Ranks
+from mlx_lm_skiphead.cli.models import family_of
+from mlx_lm_skiphead.cli.ranks import WAYS
 from mlx_lm_skiphead.cli.shared import table
 
 LINKS = Path(__file__).with_name("simulated_links.py")
@@ -44,7 +47,7 @@ def main() -> int:
     option("--plot", type=Path, metavar="FILE.png", help="draw the result (needs matplotlib)")
     arguments = parser.parse_args()
     arguments.command = "bench"
-    bench.start = lambda *given: start(arguments, *given)
+    bench.launcher = lambda *given: launcher(arguments, *given)
     told, code = bench.measure(arguments)
     cases = [case for case in told["cases"] if case["ratio"]]
     if arguments.plan and all(told["memory"]):
@@ -67,16 +70,18 @@ def _by_rank(text: str) -> list[list[int]]:
     return [[int(core) for core in part.split(",")] for part in text.split(";")]
 
 
-def start(arguments: argparse.Namespace, task: dict[str, Any], count: int, *where: Any) -> Ranks:
-    """In the place of `ranks.start`: the same ranks, with our instruments."""
+def launcher(
+    arguments: argparse.Namespace, task: dict[str, Any], count: int, *where: Any
+) -> list[str]:
+    """In the place of `ranks.launcher`: the same ranks, with our instruments."""
     names = ("cores", "head_passes", "control", "plan")
     task = {**task, **{name: getattr(arguments, name) for name in names}}
     ranks.rank_command = _rank_command
     if not (arguments.link_delay or arguments.link_rate):
-        return ranks.start(task, count, *where)
+        return ranks.launcher(task, count, *where)
     links = ["--delay", str(arguments.link_delay), "--rate", str(arguments.link_rate)]
     command = _rank_command({**task, "ends_with": os.getpid()})
-    return Ranks(count, [sys.executable, str(LINKS), "-n", str(count), *links, *command])
+    return [sys.executable, str(LINKS), "-n", str(count), *links, *command]
 
 
 def _rank_command(task: dict[str, Any]) -> list[str]:
@@ -119,7 +124,7 @@ def run_rank() -> None:
         try:
             os.sched_setaffinity(0, task["cores"][number])
         except OSError as error:
-            return rank.say(error=str(error))
+            return ranks.say(error=str(error))
     from mlx_lm_skiphead.cli import measure
 
     class Instrumented(measure.Measurement):
@@ -138,13 +143,32 @@ def run_rank() -> None:
 
         measure.install = only_first
     measure.Measurement = Instrumented
-    rank.main()
+    ranks.main()
+
+
+@contextmanager
+def around_head(model: Any, around: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """Inside the ``with`` block call `around` where the head of `model` is to run.
+
+    Its argument is a function that runs the head and returns the logits. It returns the logits.
+    """
+    family = family_of(model)
+    head = family.head_of(family.owner_of(model))
+    method = "as_linear" if hasattr(head, "as_linear") else "__call__"  # tied
+
+    def called(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        run_head = functools.partial(wrapped, *args, **kwargs)
+        return around(run_head) if instance is head else run_head()
+
+    handle = wrapt.wrap_function_wrapper(type(head), method, called)
+    try:
+        yield
+    finally:
+        wrapt.unwrap_object(type(head), method, handle)
 
 
 def _slower_heads(model: Any, passes: int) -> Any:
     import mlx.core as mx
-
-    from mlx_lm_skiphead.cli.measure import around_head
 
     def repeated(run_head: Callable[[], Any]) -> Any:
         logits = run_head()
@@ -181,10 +205,12 @@ def measure_alone(measured: Any) -> dict[str, Any]:
 
 def _alone(measured: Any, case: list[int]) -> tuple[float, float]:
     """The ms of this rank's layers and of its head for a token, while no other rank works."""
+    from mlx_lm_skiphead.cli import links
+
     stage, took = measured.split.stage, (0.0, 0.0)
     place = stage.pipeline_rank, stage.pipeline_size
     for number in range(place[1]):
-        measured._meet()
+        links.total()
         if number == place[0]:
             stage.pipeline_rank, stage.pipeline_size = 0, 1  # its own layers, nothing sent
             try:
@@ -197,8 +223,6 @@ def _alone(measured: Any, case: list[int]) -> tuple[float, float]:
 def _layers_and_head(measured: Any, batch: int, length: int) -> tuple[float, float]:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
-
-    from mlx_lm_skiphead.cli.measure import around_head
 
     owner, cache = measured.split.owner, make_prompt_cache(measured.model)
     prompts = mx.arange(batch * length).reshape(batch, length) % measured.vocabulary

@@ -13,14 +13,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
-from mlx_lm_skiphead.cli.ranks import WAYS, Ranks, free_ports
+from mlx_lm_skiphead.cli.ranks import WAYS, RankFailed, free_ports, running
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the tests share
 
@@ -94,14 +95,17 @@ def serving(
             module = ["mlx_lm_skiphead", "run"] if way == "plugin" else []
             command = [warm.python(), "-m", *module, "mlx_lm.server", *options]
             launch = [sys.executable, str(TOOLS / "simulated_links.py"), "-n", str(count)]
-            with Ranks(count, [*launch, "--delay", str(delay), *command]) as ranks:
-                _wait_for(port)
-                try:
+            said: list[str] = []
+            try:
+                with running(count, [*launch, "--delay", str(delay), *command]) as events:
+                    reader = threading.Thread(target=_read, args=(events, said))
+                    reader.start()
+                    _wait_for(port)
                     times = [_ask(port, tokens) for _ in range(requests + 1)][1:]
-                except OSError as error:
-                    answer = error.read().decode() if isinstance(error, HTTPError) else ""
-                    said = [way, f"{error}", answer, *ranks._printed]
-                    raise AssertionError("\n".join(said)) from error
+            except OSError as error:
+                reader.join()
+                answer = error.read().decode() if isinstance(error, HTTPError) else ""
+                raise AssertionError("\n".join([way, f"{error}", answer, *said])) from error
             each[way][delay] = statistics.median(t[0] for t in times)
             whole[way][delay] = statistics.median(t[1] for t in times)
     return {
@@ -110,6 +114,14 @@ def serving(
             way: _slope(times) for way, times in whole.items()
         },
     }
+
+
+def _read(events: Iterator[Any], said: list[str]) -> None:
+    """Read what servers print, lest they wait for that, until they end."""
+    try:
+        list(events)
+    except RankFailed as failure:
+        said.append(str(failure))
 
 
 def _slope(times: dict[int, float]) -> float:
