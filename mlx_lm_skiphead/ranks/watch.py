@@ -1,7 +1,8 @@
-"""A watch: where a step does not end, this rank says so once, and what it waits for.
+"""A watch: where a step does not go on, this rank says so, and what it waits for, or ends.
 
 One thread for a process looks at what is under way. It is started by the first step of a pipelined
-model, and never where ``MLX_LM_SKIPHEAD_WATCH`` is ``0``. Not watched: a loop of the user's own.
+model, unless ``MLX_LM_SKIPHEAD_WATCH`` is ``0`` and there is no ``MLX_LM_SKIPHEAD_DEADLINE``. Not
+watched: a loop of the user's own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import faulthandler
 import functools
 import io
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,37 +33,74 @@ NOT_COMPARED = (
     "mlx-lm-skiphead is off on another rank (this model was split by pipeline(), where ranks are "
     "not compared as in sharded_load), "
 )
+EXIT_CODE = 75
+"""Of a process that is past the deadline: EX_TEMPFAIL, "try again later"."""
 
 
 class _Step:
-    def __init__(self, describe: Callable[[float], str]) -> None:
-        self.describe = describe
-        self.began = time.monotonic()
-        self.told = ""
+    """What a thread waits for, since the last thing that has happened in it.
+
+    Attributes:
+        describe: says of the seconds since then who waits, and for what.
+        times: after how many times the seconds of the watch it is told of, with all stacks at last.
+        is_programs: whether it is the program that runs, and no rank that is waited for.
+    """
+
+    def __init__(
+        self, describe: Callable[[float], str], times: tuple[int, ...], is_programs: bool
+    ) -> None:
+        self.describe, self.times, self.is_programs = describe, times, is_programs
+        self.told, self.began = "", 0.0
+        self.goes_on()
+
+    def goes_on(self) -> None:
+        if self.told:
+            log.warning("%s: went on after %.0f s", self.told, time.monotonic() - self.began)
+        self.told, self.left, self.began = "", list(self.times), time.monotonic()
 
 
-_under_way: set[_Step] = set()
+_innermost: dict[int, _Step] = {}
+"""By thread, the step that it is in; not those around it."""
 
 
 def under_way() -> list[str]:
-    """What this process has under way, one line each."""
+    """What this process has under way, one line a thread."""
     now = time.monotonic()
-    return [step.describe(now - step.began) for step in list(_under_way)]
+    return [step.describe(now - step.began) for step in list(_innermost.values())]
 
 
 @contextmanager
-def watched(describe: Callable[[float], str]) -> Iterator[None]:
-    """The ``with`` block is a step; `describe` says of its seconds who waits, and for what."""
-    step = _Step(describe)
-    _under_way.add(step)
-    if config.watch:
+def watched(
+    describe: Callable[[float], str], is_slow: bool = True, is_programs: bool = False
+) -> Iterator[None]:
+    """The ``with`` block is a step, and the one around it begins anew behind it.
+
+    Args:
+        describe: says of the seconds since the last thing happened who waits, and for what.
+        is_slow: whether it may well take long; then stacks wait for three times the time.
+        is_programs: whether the block runs a function of the program's. It has no deadline.
+    """
+    goes_on()
+    thread = threading.get_ident()
+    around = _innermost.get(thread)
+    _innermost[thread] = step = _Step(describe, (1, 3) if is_slow else (1,), is_programs)
+    if config.watch or config.deadline:
         _start()
     try:
         yield
     finally:
-        _under_way.discard(step)
-        if step.told:
-            log.warning("%s: went on after %.0f s", step.told, time.monotonic() - step.began)
+        step.goes_on()
+        if around is None:
+            del _innermost[thread]
+        else:
+            _innermost[thread] = around
+            goes_on()
+
+
+def goes_on() -> None:
+    """Something has happened in the step of this thread, if it is in one: its time begins anew."""
+    if step := _innermost.get(threading.get_ident()):
+        step.goes_on()
 
 
 @functools.cache
@@ -71,22 +111,43 @@ def _start() -> None:
 def _look() -> None:
     last = time.monotonic()
     while True:
-        pause = min(1.0, config.watch / 4) or 1.0  # 0: an install() without a watch has followed
+        # Neither: an install() without them has followed.
+        pause = min(1.0, *(seconds / 4 or 1.0 for seconds in (config.watch, config.deadline)))
         time.sleep(pause)
         now = time.monotonic()
-        stopped, last = now - last - 2 * pause, now
-        _tell(now, stopped if stopped > pause else 0.0)
+        _tell(now, now - last - pause)
+        last = now
 
 
-def _tell(now: float, stopped: float) -> None:
-    """A function of its own, so that no step, and with it a model, is kept until the next."""
-    for step in list(_under_way):
-        if stopped:  # this process itself was
-            step.began += stopped
-        elif 0 < config.watch < now - step.began and not step.told:
-            step.told = step.describe(now - step.began)
+def _tell(now: float, late: float) -> None:
+    """A function of its own, so that no step, and with it a model, is kept until the next look.
+
+    Args:
+        now: the time.
+        late: the seconds that this process was stopped itself, or too busy to look. They do not
+            count.
+    """
+    for step in list(_innermost.values()):
+        step.began = min(now, step.began + late)
+        seconds = now - step.began
+        if 0 < config.deadline < seconds and not step.is_programs:
+            _end(step.describe(seconds))
+        if step.left and 0 < config.watch * step.left[0] < seconds:
+            del step.left[0]
+            step.told = step.describe(seconds)
             usual = "" if agreed else NOT_COMPARED
-            usual = f"usually {usual}{CAUSES}; " if "rank" in step.told.partition(": ")[2] else ""
-            log.warning("%s; %sthe stacks of all threads follow", step.told, usual)
-            with suppress(io.UnsupportedOperation, AttributeError, ValueError):
-                faulthandler.dump_traceback()
+            usual = "" if step.is_programs else f"; usually {usual}{CAUSES}"
+            stacks = "" if step.left else "; the stacks of all threads follow"
+            log.warning("%s%s%s", step.told, usual, stacks)
+            if stacks:
+                with suppress(io.UnsupportedOperation, AttributeError, ValueError):
+                    faulthandler.dump_traceback()
+
+
+def _end(line: str) -> None:
+    """End this process, whatever its threads wait for, so that a launcher ends the other ranks."""
+    try:
+        line = f"mlx-lm-skiphead: {line}; {config.DEADLINE}={config.deadline:g} is over"
+        print(f"{line}, so this rank ends with exit code {EXIT_CODE}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(EXIT_CODE)

@@ -14,7 +14,6 @@ import inspect
 import zlib
 from array import array
 from collections.abc import Callable, Generator, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +21,7 @@ import mlx.core as mx
 from .. import config
 from ..families import LOOPS_MODULE, stage_in
 from ..patching import drift
+from ..patching.frames import caller
 from ..patching.handles import Patch
 from ..patching.registry import this_thread
 from ..ranks import watch
@@ -35,17 +35,18 @@ Kwargs = dict[str, Any]
 LOST = "every rank runs the head in it"
 
 
-def run_of(model: Any, prompt: Iterable[int]) -> Run | None:
+def run_of(model: Any, prompt: Iterable[int], chunks: int = 0) -> Run | None:
     """A run of `model`, or None where there is no head to skip.
 
     Args:
         model: as mlx-lm loads it.
         prompt: the ids that all ranks should have been given.
+        chunks: how many forward passes compute what comes before the prompt's last token.
     """
     stage = None if config.active == "off" else stage_in(model)
     if stage is None:
         return None
-    return Run(stage, stage.pipeline_rank, zlib.crc32(array("q", prompt).tobytes()))
+    return Run(stage, stage.pipeline_rank, zlib.crc32(array("q", prompt).tobytes()), chunks)
 
 
 def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -151,8 +152,21 @@ def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     """
     # Between prompts it is called for each step, and has nothing to do.
     run = run_of(batch.model, ()) if batch.uids else None
-    with run.building() if run else nullcontext():
+    if run is None:
+        vars(batch)["_skiphead_chunk"] = 0
         return wrapped(*args, **kwargs)
+    # A `BatchGenerator` gives a chunk of each prompt at a time, and at least one for each segment
+    # of a prompt. Of the last segment, a token, it makes a `GenerationBatch`.
+    frame, size = caller(LOOPS_MODULE, "_next"), batch.prefill_step_size
+    prompts = getattr(frame.f_locals["self"], "_currently_processing", ()) if frame else ()
+    left = [sum(-(-len(ids) // size) for ids in segments) - 1 for segments, *_ in prompts]
+    longest = max(map(len, args[0] if args else kwargs["tokens"]), default=0)
+    run.chunk = vars(batch).get("_skiphead_chunk", 0)
+    run.chunks = run.chunk - (-longest // size) + max(left, default=0)
+    with run.building():
+        result = wrapped(*args, **kwargs)
+    vars(batch)["_skiphead_chunk"] = run.chunk
+    return result
 
 
 def batch_close(wrapped: Wrapped, generator: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -174,7 +188,12 @@ def row(path: str, wrapper: Any, needs: drift.Needs) -> Patch:
 
 _SAMPLING = ("samplers", "fallback_sampler", "logits_processors")
 _CALL = drift.signature(
-    "model", "sampler", "logits_processors", "prompt_progress_callback", is_generator=True
+    "model",
+    "sampler",
+    "logits_processors",
+    "prompt_progress_callback",
+    "prefill_step_size",
+    is_generator=True,
 )
 _STEP = drift.uses("model", "uids", "tokens", *_SAMPLING, assigns="_next_tokens")
 PATCHES = (
@@ -182,7 +201,7 @@ PATCHES = (
     row("GenerationBatch._step", batch_step, _STEP),
     row("GenerationBatch._next_tokens", NextTokens(), drift.nothing),
     row("GenerationBatch.extend", batch_extend, drift.signature("batch")),
-    row("PromptProcessingBatch.prompt", batch_prompt, drift.uses("model")),
+    row("PromptProcessingBatch.prompt", batch_prompt, drift.uses("model", "prefill_step_size")),
     row("BatchGenerator.close", batch_close, drift.uses("_stream")),
 )
 
@@ -196,7 +215,10 @@ def begin(wrapped: Wrapped, args: Args, kwargs: Kwargs) -> tuple[Kwargs, Run | N
     bound.apply_defaults()
     given = bound.arguments
     prompt = getattr(given["prompt"], "tolist", lambda: ())()
-    return given, run_of(given["model"], prompt if isinstance(prompt, list) else ())
+    prompt = prompt if isinstance(prompt, list) else ()
+    embeddings = given.get("input_embeddings")
+    before_last = len(prompt if embeddings is None else embeddings) - 1
+    return given, run_of(given["model"], prompt, -(-before_last // given["prefill_step_size"]))
 
 
 def steps(

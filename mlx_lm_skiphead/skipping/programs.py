@@ -100,9 +100,5 @@ def _guarded(run: Run, function: Sampling, otherwise: Sampling) -> Sampling:
 
 @contextmanager
 def _calling(run: Run, what: str) -> Iterator[None]:
-    before, run.calling = run.calling, f"{what} of the program"
-    try:
-        with during(run=None):
-            yield
-    finally:
-        run.calling = before
+    with run.watched(f"{what} of the program"), during(run=None):
+        yield
