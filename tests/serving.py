@@ -39,7 +39,7 @@ _EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception|Interrupt)\b.*", re.MULTILIN
 _CLIENT_LEFT = ("BrokenPipeError", "ConnectionResetError")  # it says so, and serves on
 
 _RANK = (
-    "import ranks, runpy, serving; ranks.join(); serving.enter_folder(); serving.count_heads(); "
+    "import ranks, runpy, serving; ranks.join(); serving.prepare(); "
     "runpy.run_module({!r}, run_name='__main__', alter_sys=True)"
 )
 
@@ -53,10 +53,47 @@ def command(arguments: list[str], count: int, plugin: bool, launcher: str) -> li
     return [python, "-c", _RANK.format(module), *rest, *arguments, "--pipeline"]
 
 
-def enter_folder() -> None:
-    """In a rank: the folder of this machine, as it were, where the test gives each rank one."""
+def prepare() -> None:
+    """In a rank: report what a test asks for by the environment."""
     if folders := os.environ.get("RANK_FOLDERS"):
-        os.chdir(Path(folders, str(ranks.rank())))
+        os.chdir(Path(folders, str(ranks.rank())))  # of this machine, as it were
+        note_loads()
+    else:
+        count_heads()
+
+
+def note_loads() -> None:
+    """In a rank: report of each load what the models before have left, and what there is then."""
+    import gc
+
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm import utils
+
+    load, noted = utils.sharded_load, []
+
+    def state() -> dict[str, Any]:
+        gc.collect()
+        mx.clear_cache()
+        found: dict[str, Any] = {"bytes": mx.get_active_memory()}
+        modules = [o for o in gc.get_objects() if isinstance(o, nn.Module)]
+        found["models"] = sum(type(module).__name__ == "Model" for module in modules)
+        if plugin := sys.modules.get("mlx_lm_skiphead.installing"):
+            from mlx_lm_skiphead.ranks import watch
+            from mlx_lm_skiphead.skipping import sharing
+
+            found["status"] = [str(model) for model in plugin.status().models]
+            found["noted"] = len(watch._innermost) + sharing.generations()
+        return found
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        noted.append({"model": Path(args[0]).name, "left": state()})
+        loaded = load(*args, **kwargs)
+        noted[-1]["loaded"] = state()
+        ranks.report(noted)
+        return loaded
+
+    utils.sharded_load = noting
 
 
 def count_heads() -> None:
@@ -99,9 +136,9 @@ class Server:
         self._run = run
         self._port = port
 
-    def heads(self) -> list[int]:
-        """How often each rank has evaluated the head so far, by rank."""
-        return [count for _, count in sorted(self._run.reported().items())]
+    def reported(self) -> list[Any]:
+        """What each rank reports: how often it has evaluated the head so far, or its loads."""
+        return [value for _, value in sorted(self._run.reported().items())]
 
     def said(self) -> str:
         """All that it has said."""
