@@ -49,7 +49,7 @@ def watch_seconds(environ: Mapping[str, str] = os.environ) -> float:
     Raises:
         ValueError: where the variable is no such number.
     """
-    return _seconds(WATCH, "30", "watch", environ)
+    return _seconds(WATCH, "30", environ)
 
 
 def deadline_seconds(environ: Mapping[str, str] = os.environ) -> float:
@@ -58,19 +58,17 @@ def deadline_seconds(environ: Mapping[str, str] = os.environ) -> float:
     Raises:
         ValueError: where the variable is no such number.
     """
-    return _seconds(DEADLINE, "0", "deadline", environ)
+    return _seconds(DEADLINE, "0", environ)
 
 
-def _seconds(variable: str, default: str, what: str, environ: Mapping[str, str]) -> float:
+def _seconds(variable: str, default: str, environ: Mapping[str, str]) -> float:
     value = environ.get(variable) or default
     try:
         seconds = float(value)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise ValueError(
-            f"{variable}={value!r} is not understood. Give seconds, or 0 for no {what}."
-        )
+        raise ValueError(f"{variable}={value!r} is not understood. Give seconds, or 0 for never.")
     return seconds
 
 

@@ -1,7 +1,7 @@
 """Run by test_deadline.py as a rank: one of them stops in the middle of a generation.
 
-Its arguments are the rank that stops, for how many seconds, and where: in a "prompt" or in
-"decode".
+Its arguments are the rank that stops, for how many seconds, and where: in a "prompt", in "decode",
+or before it loads the checkpoint in the folder that is named then.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import time
 
 import mlx.core as mx
 import tiny_models
+from mlx_lm.utils import sharded_load
 
 import mlx_lm_skiphead  # noqa: F401
 
 loops = importlib.import_module("mlx_lm.generate")
-stops, seconds, where = sys.argv[1:]
+stops, seconds, where, *folder = sys.argv[1:]
 
 group = mx.distributed.init()
-model = tiny_models.make("qwen2-tied")
-model.model.pipeline(group)
 
 
 def stop() -> None:
@@ -39,6 +38,11 @@ def progress(done: int, total: int) -> None:
         stop()
 
 
+if where == "load":
+    stop()
+    sharded_load(*folder, pipeline_group=group)
+model = tiny_models.make("qwen2-tied")
+model.model.pipeline(group)
 told = []
 prompt = mx.array([i * 7 % 250 for i in range(41)])
 for token, _ in loops.generate_step(

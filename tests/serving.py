@@ -83,7 +83,7 @@ def note_loads() -> None:
             from mlx_lm_skiphead.skipping import sharing
 
             found["status"] = [str(model) for model in plugin.status().models]
-            found["noted"] = len(watch._innermost) + sharing.generations()
+            found["noted"] = len(watch.under_way()) + sharing.generations()
         return found
 
     def noting(*args: Any, **kwargs: Any) -> Any:

@@ -81,8 +81,8 @@ def test_a_rank_without_the_plugin_is_named_where_ranks_are_not_compared(off):
         assert "Rank 0 has sent something else than a token share." in done.stderr
         assert "or mlx-lm-skiphead is off on that rank" in done.stderr
     else:
-        told = "rank 0 of 2, step 2, batch 1: 2 s for hidden states of rank 1; usually mlx-lm-"
-        assert f"{told}skiphead is off on another rank" in str(timeout.value)
+        told = "rank 0 of 2, step 2, batch 1: 2 s for hidden states of rank 1; usually .*"
+        assert re.search(f"{told}mlx-lm-skiphead is off on one", str(timeout.value))
 
 
 SWITCHED_OFF = """
@@ -145,7 +145,7 @@ def test_a_deadline():
     assert done.stdout == "waits\n"
     assert done.returncode == 75
     said = r"mlx-lm-skiphead: rank 0 of 2, step 3: [23] s for rank 1; MLX_LM_SKIPHEAD_DEADLINE=2 is"
-    assert re.fullmatch(rf"{said} over, .* exit code 75\n", done.stderr)
+    assert re.fullmatch(rf"{said} over, exit code 75\n", done.stderr)
 
 
 @pytest.mark.parametrize(("value", "seconds"), [(None, 30), ("0", 0), ("2.5", 2.5)])

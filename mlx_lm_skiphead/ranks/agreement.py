@@ -40,7 +40,6 @@ MARK = 4096 + PROTOCOL
 """What a rank with the plugin adds to the sum besides its one. Sums of it are exact in float32, for
 up to 4,000 ranks; and of two protocols no mixture is a multiple of either."""
 SETTINGS_BYTES = 4096
-FAILURE_CHARACTERS = 300
 FOR_ALL = (
     f"All ranks must have the same {config.VARIABLE}: set it for all, as in mlx.launch --env "
     f"{config.VARIABLE}=1 ..., and have every rank import mlx_lm_skiphead. And install the same "
@@ -76,51 +75,50 @@ def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: An
 
 
 def take_part(error: Exception, repo: str, group: Any) -> None:
-    """Where the load of a model fails on this rank, tell the other ranks, which wait for it.
+    """Where `sharded_load` fails on this rank, tell the others, which would wait for it for ever.
 
     Args:
-        error: what `sharded_load` has raised.
+        error: what it has raised.
         repo, group: its arguments.
     """
-    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    has_taken_part = on_all_sum.__code__ in codes
-    if has_taken_part:
-        traceback.clear_frames(error.__traceback__)  # which would keep the model
+    if any(f.f_code is on_all_sum.__code__ for f, _ in traceback.walk_tb(error.__traceback__)):
+        # It has taken part. What is kept of the failure is not to keep the model.
+        traceback.clear_frames(error.__traceback__)
     elif group is not None and group.size() > 1 and registry.target(AGREEMENT).state == "patched":
         log.error("rank %d cannot load %s: %r", mx.distributed.init().rank(), repo, error)
+        total = mx.distributed.all_sum(mx.array(1.0 + MARK), stream=mx.cpu)
         with suppress(RuntimeError):
-            _compare(mx.distributed.all_sum(mx.array(1.0 + MARK), stream=mx.cpu), repo, error)
+            _compare(total, repo, repr(error)[:300])  # of which JSON may make 1,800 bytes
 
 
-def _compare(total: mx.array, repo: str, error: Exception | None = None) -> None:
-    """Look at the sum of all ranks, and compare the ranks.
+def _compare(total: mx.array, repo: str, failure: str = "") -> None:
+    """Compare the ranks, of which `total` is the sum. This one has loaded `repo`, or has failed to.
 
     Raises:
-        SkipheadError: if they differ, or if the load of `repo` has failed on one of them.
+        SkipheadError: if they differ, or if one of them has failed to.
     """
     rank, ranks = mx.distributed.init().rank(), mx.distributed.init().size()
     here = f"rank {rank} of {ranks}, loading {repo}"
-    failure = repr(error)[:FAILURE_CHARACTERS] if error else ""
     try:
         with watch.watched(lambda seconds: f"{here}: {seconds:.0f} s for all ranks to have loaded"):
             _check_sum(total.item(), here, ranks)
             settings = _settings()
-            more = {} if error else {k: v for tell, _ in told for k, v in tell().items()}
+            # Of a model that is there in part nothing can be told.
+            more = {k: v for tell, _ in told for k, v in tell().items()} if not failure else {}
             by_rank = exchanged(settings | more | {"failure": failure})
             _check_settings([{name: said[name] for name in settings} for said in by_rank])
-    except SkipheadError as differ:
-        log.critical("%s", differ)
+    except SkipheadError as error:
+        log.critical("%s", error)
         raise
-    failed = [f"rank {r} ({said['failure']})" for r, said in enumerate(by_rank) if said["failure"]]
+    failed = [f"rank {r} ({told['failure']})" for r, told in enumerate(by_rank) if told["failure"]]
     if failed:
-        # No difference of ranks: a server goes on, with another model.
-        text = f"{repo} cannot be loaded by {' and '.join(failed)}, so no rank has loaded it"
-        if not error:
-            log.error("%s", text)
-        raise SkipheadError(text)
+        # Not critical: a server goes on, with another model.
+        said = f"{repo} cannot be loaded by {' and '.join(failed)}, so no rank has loaded it"
+        if not failure:
+            log.error("%s", said)
+        raise SkipheadError(said)
     for _, hear in told:
         hear(by_rank)
-    watch.agreed = True
 
 
 def _check_sum(total: Any, here: str, ranks: int) -> None:

@@ -17,90 +17,73 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 
 from .. import config
 
 log = logging.getLogger("mlx_lm_skiphead")
 
-agreed = False
-"""Whether all ranks are known to have the plugin on: `sharded_load` has compared them, or a step
-has ended."""
-
 CAUSES = (
-    "another rank has ended or is stopped, a link is down, a prompt is very long, or a rank slow"
+    "usually another rank has ended or is stopped, a link is down, a rank is slow, or "
+    "mlx-lm-skiphead is off on one (after pipeline() ranks are not compared as in sharded_load)"
 )
-NOT_COMPARED = (
-    "mlx-lm-skiphead is off on another rank (this model was split by pipeline(), where ranks are "
-    "not compared as in sharded_load), "
-)
-EXIT_CODE = 75
-"""Of a process that is past the deadline: EX_TEMPFAIL, "try again later"."""
 
 
+@dataclass
 class _Step:
-    """What a thread waits for, since the last thing that has happened in it.
+    """What a thread waits for, since the last thing that has happened in it."""
 
-    Attributes:
-        describe: says of the seconds since then who waits, and for what.
-        times: after how many times the seconds of the watch it is told of, with all stacks at last.
-        is_programs: whether it is the program that runs, and no rank that is waited for.
-    """
-
-    def __init__(
-        self, describe: Callable[[float], str], times: tuple[int, ...], is_programs: bool
-    ) -> None:
-        self.describe, self.times, self.is_programs = describe, times, is_programs
-        self.told, self.began = "", 0.0
-        self.goes_on()
-
-    def goes_on(self) -> None:
-        if self.told:
-            log.warning("%s: went on after %.0f s", self.told, time.monotonic() - self.began)
-        self.told, self.left, self.began = "", list(self.times), time.monotonic()
+    describe: Callable[[float], str]
+    """Says of the seconds since then who waits, and for what."""
+    is_slow: bool
+    """Whether it may well take long; then stacks wait for three times the time."""
+    is_programs: bool
+    """Whether it is the program that runs, and no rank that is waited for. It has no deadline."""
+    began: float = field(default_factory=time.monotonic)
+    told: str = ""
+    has_stacks: bool = False
 
 
-_innermost: dict[int, _Step] = {}
+_innermost: dict[int, _Step | None] = {}
 """By thread, the step that it is in; not those around it."""
 
 
 def under_way() -> list[str]:
     """What this process has under way, one line a thread."""
     now = time.monotonic()
-    return [step.describe(now - step.began) for step in list(_innermost.values())]
+    return [step.describe(now - step.began) for step in list(_innermost.values()) if step]
 
 
 @contextmanager
 def watched(
     describe: Callable[[float], str], is_slow: bool = True, is_programs: bool = False
 ) -> Iterator[None]:
-    """The ``with`` block is a step, and the one around it begins anew behind it.
+    """The ``with`` block is a step. The step around it begins anew behind it.
 
     Args:
-        describe: says of the seconds since the last thing happened who waits, and for what.
-        is_slow: whether it may well take long; then stacks wait for three times the time.
-        is_programs: whether the block runs a function of the program's. It has no deadline.
+        describe, is_slow, is_programs: as in `_Step`.
     """
     goes_on()
     thread = threading.get_ident()
     around = _innermost.get(thread)
-    _innermost[thread] = step = _Step(describe, (1, 3) if is_slow else (1,), is_programs)
+    _innermost[thread] = _Step(describe, is_slow, is_programs)
     if config.watch or config.deadline:
         _start()
     try:
         yield
     finally:
-        step.goes_on()
-        if around is None:
-            del _innermost[thread]
-        else:
-            _innermost[thread] = around
-            goes_on()
+        goes_on()
+        _innermost[thread] = around
+        goes_on()
 
 
 def goes_on() -> None:
     """Something has happened in the step of this thread, if it is in one: its time begins anew."""
-    if step := _innermost.get(threading.get_ident()):
-        step.goes_on()
+    thread = threading.get_ident()
+    if step := _innermost.get(thread):
+        if step.told:
+            log.warning("%s: went on after %.0f s", step.told, time.monotonic() - step.began)
+        _innermost[thread] = _Step(step.describe, step.is_slow, step.is_programs)
 
 
 @functools.cache
@@ -127,27 +110,22 @@ def _tell(now: float, late: float) -> None:
         late: the seconds that this process was stopped itself, or too busy to look. They do not
             count.
     """
-    for step in list(_innermost.values()):
+    for step in filter(None, list(_innermost.values())):
         step.began = min(now, step.began + late)
         seconds = now - step.began
         if 0 < config.deadline < seconds and not step.is_programs:
-            _end(step.describe(seconds))
-        if step.left and 0 < config.watch * step.left[0] < seconds:
-            del step.left[0]
+            end = f"{step.describe(seconds)}; {config.DEADLINE}={config.deadline:g} is over"
+            with suppress(Exception):
+                print(f"mlx-lm-skiphead: {end}, exit code 75", file=sys.stderr, flush=True)
+            # At once, whatever threads wait for: so a launcher ends the other ranks. EX_TEMPFAIL.
+            os._exit(75)
+        limit = config.watch * (3 if step.told else 1)
+        if 0 < limit < seconds and not step.has_stacks:
+            step.has_stacks = bool(step.told) or not step.is_slow
             step.told = step.describe(seconds)
-            usual = "" if agreed else NOT_COMPARED
-            usual = "" if step.is_programs else f"; usually {usual}{CAUSES}"
-            stacks = "" if step.left else "; the stacks of all threads follow"
-            log.warning("%s%s%s", step.told, usual, stacks)
-            if stacks:
+            causes = "" if step.is_programs else f"; {CAUSES}"
+            stacks = "; the stacks of all threads follow" if step.has_stacks else ""
+            log.warning("%s%s%s", step.told, causes, stacks)
+            if step.has_stacks:
                 with suppress(io.UnsupportedOperation, AttributeError, ValueError):
                     faulthandler.dump_traceback()
-
-
-def _end(line: str) -> None:
-    """End this process, whatever its threads wait for, so that a launcher ends the other ranks."""
-    try:
-        line = f"mlx-lm-skiphead: {line}; {config.DEADLINE}={config.deadline:g} is over"
-        print(f"{line}, so this rank ends with exit code {EXIT_CODE}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(EXIT_CODE)

@@ -24,7 +24,6 @@ from ..patching import drift
 from ..patching.frames import caller
 from ..patching.handles import Patch
 from ..patching.registry import this_thread
-from ..ranks import watch
 from . import programs
 from .head import BROADCAST
 from .sharing import Run, has_begun, has_ended
@@ -152,20 +151,20 @@ def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     """
     # Between prompts it is called for each step, and has nothing to do.
     run = run_of(batch.model, ()) if batch.uids else None
+    before = vars(batch).pop("_skiphead_chunks", 0)
     if run is None:
-        vars(batch)["_skiphead_chunk"] = 0
         return wrapped(*args, **kwargs)
-    # A `BatchGenerator` gives a chunk of each prompt at a time, and at least one for each segment
-    # of a prompt. Of the last segment, a token, it makes a `GenerationBatch`.
+    # A `BatchGenerator` gives a chunk of each prompt, and keeps the rest in segments. A segment
+    # begins with a new chunk; the last one, a token, is no chunk.
     frame, size = caller(LOOPS_MODULE, "_next"), batch.prefill_step_size
-    prompts = getattr(frame.f_locals["self"], "_currently_processing", ()) if frame else ()
-    left = [sum(-(-len(ids) // size) for ids in segments) - 1 for segments, *_ in prompts]
-    longest = max(map(len, args[0] if args else kwargs["tokens"]), default=0)
-    run.chunk = vars(batch).get("_skiphead_chunk", 0)
-    run.chunks = run.chunk - (-longest // size) + max(left, default=0)
+    prompts = [[ids] for ids in (args[0] if args else kwargs["tokens"])]
+    if frame is not None:
+        prompts = [rest for rest, *_ in frame.f_locals["self"]._currently_processing]
+    chunks = (sum(-(-len(ids) // size) for ids in prompt) for prompt in prompts)
+    run.chunk, run.chunks = before, before + max(chunks, default=0)
     with run.building():
         result = wrapped(*args, **kwargs)
-    vars(batch)["_skiphead_chunk"] = run.chunk
+    vars(batch)["_skiphead_chunks"] = run.chunk
     return result
 
 
@@ -188,12 +187,7 @@ def row(path: str, wrapper: Any, needs: drift.Needs) -> Patch:
 
 _SAMPLING = ("samplers", "fallback_sampler", "logits_processors")
 _CALL = drift.signature(
-    "model",
-    "sampler",
-    "logits_processors",
-    "prompt_progress_callback",
-    "prefill_step_size",
-    is_generator=True,
+    "model", "sampler", "logits_processors", "prompt_progress_callback", is_generator=True
 )
 _STEP = drift.uses("model", "uids", "tokens", *_SAMPLING, assigns="_next_tokens")
 PATCHES = (
@@ -216,9 +210,8 @@ def begin(wrapped: Wrapped, args: Args, kwargs: Kwargs) -> tuple[Kwargs, Run | N
     given = bound.arguments
     prompt = getattr(given["prompt"], "tolist", lambda: ())()
     prompt = prompt if isinstance(prompt, list) else ()
-    embeddings = given.get("input_embeddings")
-    before_last = len(prompt if embeddings is None else embeddings) - 1
-    return given, run_of(given["model"], prompt, -(-before_last // given["prefill_step_size"]))
+    chunks = -((1 - len(prompt)) // (given.get("prefill_step_size") or 1))
+    return given, run_of(given["model"], prompt, chunks)
 
 
 def steps(
@@ -249,7 +242,6 @@ def steps(
                     run.check(in_flight)
             if step is None:
                 break
-            watch.agreed = True
             yield step
         run.finish(stream)
     except BaseException as error:

@@ -155,20 +155,17 @@ class Run:
             yield
 
     def watched(self, program: str = "") -> AbstractContextManager[None]:
-        """A ``with`` block that waits for other ranks, or else for a function of the program's."""
-        return watch.watched(
-            lambda seconds: self.describe(seconds, program), not self._steps, bool(program)
-        )
+        """A ``with`` block that waits for other ranks, or else for what `program` says."""
+        describe = functools.partial(self.describe, program)
+        return watch.watched(describe, is_slow=not self._steps, is_programs=bool(program))
 
-    def describe(self, seconds: float, program: str = "") -> str:
+    def describe(self, program: str, seconds: float) -> str:
         """What this rank has been waiting for since `seconds`, in words."""
         ranks = self.stage.pipeline_size
         behind = f"hidden states of rank {self.rank + 1}" if self.rank + 1 < ranks else ""
-        token = "rank 0's token" if self.is_worker and self.chunk > self.chunks else ""
-        where = f"step {self._steps}, batch {self._batch}" if self._steps else "prompt"
-        if not self._steps and self.chunk:
-            is_last = self.chunk > self.chunks
-            where += ", last token" if is_last else f", chunk {self.chunk} of {self.chunks}"
+        token = "rank 0's token" if self.is_worker and self._steps else ""
+        chunk = f", chunk {self.chunk} of {self.chunks}" if 0 < self.chunk <= self.chunks else ""
+        where = f"step {self._steps}, batch {self._batch}" if self._steps else f"prompt{chunk}"
         what = program or " or ".join(filter(None, (behind, token)))
         what = what or f"rank {self.rank - 1} to take its hidden states"
         return f"rank {self.rank} of {ranks}, {where}: {seconds:.0f} s for {what}"

@@ -123,7 +123,5 @@ class _Draft(wrapt.CallableObjectProxy):  # type: ignore[type-arg]
         return self.__wrapped__(*args, **kwargs)
 
 
-_CALL = drift.signature(
-    "model", "draft_model", "sampler", "logits_processors", "prefill_step_size", is_generator=True
-)
+_CALL = drift.signature("model", "draft_model", "sampler", "logits_processors", is_generator=True)
 PATCHES = (row("speculative_generate_step", speculative_generate_step, _CALL),)
