@@ -41,6 +41,7 @@ def add_command(commands: Any) -> None:
     option("--import", dest="modules", action="append", default=[], metavar="MODULE", help=first)
     option("--links", action="store_true", help="measure each link, under mlx.launch or mpirun")
     option("--json", action="store_true", help="print one JSON document, and nothing else")
+    option("program", nargs=argparse.REMAINDER, help="looked at, and not run: what run is given")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -47,6 +47,10 @@ HARMLESS = {"mlx", "wrapt", "settings of mlx"}
 """Facts in which ranks may differ."""
 SLOW_MS, UNEVEN = 5.0, 5.0
 """A latency that no wired link has, and how many times slower than the best one a link may be."""
+CACHE_BYTES = (
+    "--prompt-cache-bytes over ranks: each drops prompts by the size of its own layers, and then "
+    "the ranks go on with different parts of a prompt. Use --prompt-cache-size."
+)
 NO_MPI = (
     "MLX does not find MPI, and each rank is alone: set MLX_MPI_LIBNAME to its library, as in "
     "mpirun -x MLX_MPI_LIBNAME=/path/to/libmpi.so.40 ..."
@@ -191,6 +195,8 @@ def look_at_ranks(report: Report, measures_links: bool) -> None:
         if group.size() == 1:  # as MLX takes a library of MPI that it cannot load
             problems += [NO_MPI] if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1" else []
             return
+        if any("--prompt-cache-bytes" in text for text in (*sys.argv, *os.environ.values())):
+            report["warnings"].append(CACHE_BYTES)
         ranks = report["ranks"] = exchanged(_facts(report, measures_links))
         facts = {name: [rank.get(name, "") for rank in ranks] for name in ranks[0]}
         differing = {name: values for name, values in facts.items() if len(set(values)) > 1}

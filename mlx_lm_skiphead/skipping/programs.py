@@ -85,7 +85,8 @@ def _guarded(run: Run, function: Sampling, otherwise: Sampling) -> Sampling:
         run.step.calls += 1
         run.step.is_programs |= is_programs
         try:
-            with _calling(run, "a sampler or a logits processor"):
+            what = "a sampler or a logits processor"
+            with _calling(run, what) if is_programs else during(run=None):
                 return function(*args)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or not run.skips:
