@@ -65,12 +65,13 @@ def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: An
         return wrapped(*args, **kwargs)
     # By frame: sharded_load may have been imported by name before the plugin.
     loader = caller(LOADING_MODULE, "sharded_load")
-    group = loader and loader.f_locals.get("pipeline_group")
+    given = loader.f_locals if loader else {}
+    group = given.get("pipeline_group")
     if group is None or group.size() == 1:
         return wrapped(*args, **kwargs)
     mine, *others = args
     total = wrapped(mine * (1.0 + MARK), *others, **kwargs)
-    _compare(total, str(loader and loader.f_locals["repo"]))
+    _compare(total, str(given["repo"]))
     return mx.array(float(mx.distributed.init().size()))
 
 
@@ -86,8 +87,8 @@ def take_part(error: Exception, repo: str, group: Any) -> None:
         traceback.clear_frames(error.__traceback__)
     elif group is not None and group.size() > 1 and registry.target(AGREEMENT).state == "patched":
         log.error("rank %d cannot load %s: %r", mx.distributed.init().rank(), repo, error)
-        total = mx.distributed.all_sum(mx.array(1.0 + MARK), stream=mx.cpu)
         with suppress(RuntimeError):
+            total = mx.distributed.all_sum(mx.array(1.0 + MARK), stream=mx.cpu)
             _compare(total, repo, repr(error)[:300])  # of which JSON may make 1,800 bytes
 
 
@@ -110,13 +111,13 @@ def _compare(total: mx.array, repo: str, failure: str = "") -> None:
     except SkipheadError as error:
         log.critical("%s", error)
         raise
-    failed = [f"rank {r} ({told['failure']})" for r, told in enumerate(by_rank) if told["failure"]]
+    failed = [f"rank {r} ({said['failure']})" for r, said in enumerate(by_rank) if said["failure"]]
     if failed:
         # Not critical: a server goes on, with another model.
-        said = f"{repo} cannot be loaded by {' and '.join(failed)}, so no rank has loaded it"
+        text = f"{repo} cannot be loaded by {' and '.join(failed)}, so no rank has loaded it"
         if not failure:
-            log.error("%s", said)
-        raise SkipheadError(said)
+            log.error("%s", text)
+        raise SkipheadError(text)
     for _, hear in told:
         hear(by_rank)
 

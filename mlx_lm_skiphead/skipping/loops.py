@@ -151,21 +151,20 @@ def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     """
     # Between prompts it is called for each step, and has nothing to do.
     run = run_of(batch.model, ()) if batch.uids else None
-    before = vars(batch).pop("_skiphead_chunks", 0)
+    last = vars(batch).get("_skiphead_prompt")
+    vars(batch)["_skiphead_prompt"] = run
     if run is None:
         return wrapped(*args, **kwargs)
     # A `BatchGenerator` gives a chunk of each prompt, and keeps the rest in segments. A segment
     # begins with a new chunk; the last one, a token, is no chunk.
     frame, size = caller(LOOPS_MODULE, "_next"), batch.prefill_step_size
-    prompts = [[ids] for ids in (args[0] if args else kwargs["tokens"])]
-    if frame is not None:
-        prompts = [rest for rest, *_ in frame.f_locals["self"]._currently_processing]
-    chunks = (sum(-(-len(ids) // size) for ids in prompt) for prompt in prompts)
-    run.chunk, run.chunks = before, before + max(chunks, default=0)
+    given = [([ids],) for ids in (args[0] if args else kwargs["tokens"])]
+    prompts = getattr(frame and frame.f_locals["self"], "_currently_processing", given)
+    chunks = (sum(-(-len(ids) // size) for ids in segments) for segments, *_ in prompts)
+    run.chunk = last.chunk if last else 0
+    run.chunks = run.chunk + max(chunks, default=0)
     with run.building():
-        result = wrapped(*args, **kwargs)
-    vars(batch)["_skiphead_chunks"] = run.chunk
-    return result
+        return wrapped(*args, **kwargs)
 
 
 def batch_close(wrapped: Wrapped, generator: Any, args: Args, kwargs: Kwargs) -> Any:
