@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "MLX_LM_SKIPHEAD"
 WATCH = "MLX_LM_SKIPHEAD_WATCH"
+DEADLINE = "MLX_LM_SKIPHEAD_DEADLINE"
 DOWNLOAD = "MLX_LM_SKIPHEAD_DOWNLOAD"
 
 _ACCEPTED: dict[Mode, tuple[str, ...]] = {
@@ -43,18 +44,31 @@ def requested_mode(environ: Mapping[str, str] = os.environ) -> Mode:
 
 
 def watch_seconds(environ: Mapping[str, str] = os.environ) -> float:
-    """After how long a step that has not ended is told of, in seconds; 0 for never.
+    """After how long a step that has not gone on is told of, in seconds; 0 for never.
 
     Raises:
         ValueError: where the variable is no such number.
     """
-    value = environ.get(WATCH) or "30"
+    return _seconds(WATCH, "30", environ)
+
+
+def deadline_seconds(environ: Mapping[str, str] = os.environ) -> float:
+    """After how long a step that has not gone on ends this process, in seconds; 0 for never.
+
+    Raises:
+        ValueError: where the variable is no such number.
+    """
+    return _seconds(DEADLINE, "0", environ)
+
+
+def _seconds(variable: str, default: str, environ: Mapping[str, str]) -> float:
+    value = environ.get(variable) or default
     try:
         seconds = float(value)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise ValueError(f"{WATCH}={value!r} is not understood. Give seconds, or 0 for no watch.")
+        raise ValueError(f"{variable}={value!r} is not understood. Give seconds, or 0 for never.")
     return seconds
 
 
@@ -76,5 +90,7 @@ active: Mode = "off"
 """What is installed in this process now."""
 watch = 0.0
 """After how many seconds a step is told of; 0 for never."""
+deadline = 0.0
+"""After how many seconds a step ends this process; 0 for never."""
 download_all = True
 """Whether files of weights that this rank never uses are fetched too."""

@@ -108,6 +108,7 @@ def install(mode: str = "on", strict: bool = False) -> None:
     if mode not in ("on", "hidden"):
         raise ValueError(f"mode={mode!r} is not understood. Accepted: 'on', 'hidden'.")
     config.watch, config.download_all = config.watch_seconds(), config.fetches_all()
+    config.deadline = config.deadline_seconds()
     modules = dict.fromkeys(MODULES.values())
     # Not under the lock: a hook that runs in another thread waits for it, inside an import.
     for name in modules:

@@ -22,7 +22,7 @@ if "+" in how:
     os.environ["MLX_LM_SKIPHEAD"] = values.split("/")[rank != int(odd)]
 
 import mlx.core as mx  # noqa: E402
-from mlx_lm import stream_generate  # noqa: E402
+from mlx_lm import stream_generate, utils  # noqa: E402
 from mlx_lm.utils import sharded_load  # noqa: E402
 
 import mlx_lm_skiphead  # noqa: E402
@@ -37,13 +37,23 @@ if program:
 group = mx.distributed.init()
 
 
-def load():
+def load(folder=folder, loader=sharded_load):
     """The error, if there is one."""
     try:
-        sharded_load(folder, pipeline_group=group)
-    except mlx_lm_skiphead.SkipheadError as error:
+        loader(folder, pipeline_group=group)
+    except (mlx_lm_skiphead.SkipheadError, FileNotFoundError) as error:
         return str(error)
     return None
+
+
+def fail():
+    """Where a load fails, it has to be looked up in mlx-lm when it is called."""
+    return load("/", utils.sharded_load)
+
+
+def busy():
+    """This rank loads nothing, and waits for the others in a sum of its own."""
+    mx.eval(mx.distributed.all_sum(0))
 
 
 def changed(module, name, value):
@@ -94,6 +104,8 @@ DIFFERENCES = {
     "mlx-lm": other_mlx_lm,
     "table": lambda: changed(agreement, "FAMILIES", ()),
     "refused": refused,
+    "fails": fail,
+    "busy": busy,
     "garbage": lambda: changed(agreement, "json", GARBLED),
 }
 
@@ -109,6 +121,8 @@ if how == "each":
             mlx_lm_skiphead.uninstall()
         told[f"on {odd}"] = load()
         mlx_lm_skiphead.install()
+    told["all fail"] = fail()
+    told["right"] = load()
     ranks.report(told)
 else:
     model, tokenizer = sharded_load(folder, pipeline_group=group)

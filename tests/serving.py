@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ _EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception|Interrupt)\b.*", re.MULTILIN
 _CLIENT_LEFT = ("BrokenPipeError", "ConnectionResetError")  # it says so, and serves on
 
 _RANK = (
-    "import ranks, runpy, serving; ranks.join(); serving.count_heads(); "
+    "import ranks, runpy, serving; ranks.join(); serving.prepare(); "
     "runpy.run_module({!r}, run_name='__main__', alter_sys=True)"
 )
 
@@ -51,6 +51,49 @@ def command(arguments: list[str], count: int, plugin: bool, launcher: str) -> li
     if count == 1:
         return [python, "-m", module, *rest, *arguments]
     return [python, "-c", _RANK.format(module), *rest, *arguments, "--pipeline"]
+
+
+def prepare() -> None:
+    """In a rank: report what a test asks for by the environment."""
+    if folders := os.environ.get("RANK_FOLDERS"):
+        os.chdir(Path(folders, str(ranks.rank())))  # of this machine, as it were
+        note_loads()
+    else:
+        count_heads()
+
+
+def note_loads() -> None:
+    """In a rank: report of each load what the models before have left, and what there is then."""
+    import gc
+
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm import utils
+
+    load, noted = utils.sharded_load, []
+
+    def state() -> dict[str, Any]:
+        gc.collect()
+        mx.clear_cache()
+        found: dict[str, Any] = {"bytes": mx.get_active_memory()}
+        modules = [o for o in gc.get_objects() if isinstance(o, nn.Module)]
+        found["models"] = sum(type(module).__name__ == "Model" for module in modules)
+        if plugin := sys.modules.get("mlx_lm_skiphead.installing"):
+            from mlx_lm_skiphead.ranks import watch
+            from mlx_lm_skiphead.skipping import sharing
+
+            found["status"] = [str(model) for model in plugin.status().models]
+            found["noted"] = len(watch.under_way()) + sharing.generations()
+        return found
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        noted.append({"model": Path(args[0]).name, "left": state()})
+        loaded = load(*args, **kwargs)
+        noted[-1]["loaded"] = state()
+        ranks.report(noted)
+        return loaded
+
+    utils.sharded_load = noting
 
 
 def count_heads() -> None:
@@ -93,18 +136,22 @@ class Server:
         self._run = run
         self._port = port
 
-    def heads(self) -> list[int]:
-        """How often each rank has evaluated the head so far, by rank."""
-        return [count for _, count in sorted(self._run.reported().items())]
+    def reported(self) -> list[Any]:
+        """What each rank reports: how often it has evaluated the head so far, or its loads."""
+        return [value for _, value in sorted(self._run.reported().items())]
+
+    def said(self) -> str:
+        """All that it has said."""
+        return self._run.output("stdout") + "\n" + self._run.output("stderr")
 
     def wrong(self) -> list[str]:
         """What it has said that no server should say while it serves."""
         exceptions = [e for e in self.exceptions() if not e.startswith(_CLIENT_LEFT)]
-        return [*_WRONG.findall(self._said()), *exceptions]
+        return [*_WRONG.findall(self.said()), *exceptions]
 
     def exceptions(self) -> set[str]:
         """The exceptions in what it has said, whether they matter or not."""
-        return set(_EXCEPTION.findall(self._said()))
+        return set(_EXCEPTION.findall(self.said()))
 
     def press_ctrl_c(self) -> None:
         """SIGINT to all processes at once, as from a terminal; waits until all are gone."""
@@ -133,23 +180,26 @@ class Server:
             )
         )
 
-    def _said(self) -> str:
-        return self._run.output("stdout") + "\n" + self._run.output("stderr")
-
 
 @contextlib.contextmanager
 def server(
-    model: Path, *options: str, count: int = 1, plugin: bool = False, launcher: str = "ring"
+    model: Path,
+    *options: str,
+    count: int = 1,
+    plugin: bool = False,
+    launcher: str = "ring",
+    env: Mapping[str, str] | None = None,
+    may_complain: bool = False,
 ) -> Iterator[Server]:
     """mlx_lm.server with `model` and `options`, in a plain process or on `count` ranks, which
-    `launcher` starts (`ranks.LAUNCHERS`).
+    `launcher` starts (`ranks.LAUNCHERS`). They see `env` too.
 
     An AssertionError with the end of all outputs says if it does not start, if it said something
     that is wrong, or if it did not end by itself. No process outlives the block in any case.
     """
     with ranks.run_folder() as folder:
         port = free_ports(1)
-        variables = ranks.rank_environment(None, folder)
+        variables = ranks.rank_environment(env, folder)
         environment = ranks.inherited() | variables
         arguments = ["--model", str(model), "--port", str(port), *options]
         run = command(arguments, count, plugin, launcher)
@@ -176,7 +226,7 @@ def server(
             started.wait_until_it_answers()
             yield started
             if started.exit_code is None:
-                if wrong := started.wrong():
+                if not may_complain and (wrong := started.wrong()):
                     raise AssertionError(described.describe(*wrong))
                 started.press_ctrl_c()
         finally:

@@ -88,6 +88,29 @@ def test_another_version(name, setting, value, told):
             assert "install the same versions" in error
 
 
+def test_a_load_that_fails_on_one_fails_on_all(told):
+    for odd, said in errors(told, "fails"):
+        for rank, error in enumerate(said):
+            if rank == odd:
+                assert "No such file" in error and "rank" not in error  # mlx-lm's
+            else:
+                assert f"cannot be loaded by rank {odd} (FileNotFoundError(" in error
+    for rank in told:
+        assert "No such file" in rank["all fail"] and "rank" not in rank["all fail"]
+        assert rank["right"] is None
+
+
+def test_a_rank_that_loads_nothing(told, folder):
+    count = len(told)
+    for odd, said in errors(told, "busy"):
+        for rank, error in enumerate(said):
+            if rank == odd:
+                assert error is None
+            else:
+                assert f"This is rank {rank} of {count}, loading {folder}, and 1 of the" in error
+                assert "they may have failed to load it, or lack it" in error and FIX not in error
+
+
 def test_garbage_is_the_plugins_error(told):
     """And not one of a parser's."""
     for _, said in errors(told, "garbage"):

@@ -452,15 +452,17 @@ def garbled(data, **where):
         everything[0, -1] = everything[0, -1] + 1
     return everything
 mx.distributed.all_gather = garbled
-sys.exit(main(["doctor", "--links"]))
+sys.exit(main(["doctor", "--links", *sys.argv[1:]]))
 """
 
 
 def test_rows_of_odd_lengths_that_arrive_changed(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(GARBLES)
-    done = ranks.launch(script, ranks=2, check=False, env={"COLUMNS": "120"})
+    server = ("mlx_lm.server", "--prompt-cache-bytes", "1G")
+    done = ranks.launch(script, *server, ranks=2, check=False, env={"COLUMNS": "120"})
     assert "Problem: The links are broken: another rank got other data than" in done.stdout
+    assert "Warning: --prompt-cache-bytes over ranks: each drops prompts by" in done.stdout
 
 
 # As where a message is late: rank 1 begins when rank 0 has said that it waits.

@@ -373,6 +373,5 @@ def test_what_fails_is_said_by_the_hub_client(hub, what, tmp_path):
         hub.breaks.clear()
         hub.gone_after_config.clear()
         hub.gone.clear()
-    assert re.match(r"httpx2?|huggingface_hub|requests", done.results[1])
-    # Before mlx 0.32 the ring does not notice, and mlx.launch ends rank 0.
-    assert done.results[0] in (None, "builtins: [ring] connection to a peer was lost")
+    assert re.match(r"httpx2?|huggingface_hub|requests", done.results[1])  # its own
+    assert re.search(r"tiny/untied cannot be loaded by rank 1 \(\w+Error\(", done.results[0])

@@ -103,7 +103,7 @@ def test_server(launcher: str, tmp_path: Path) -> None:
             assert said == expected
             for one, expected_one in zip(logprobs or [], expected_logprobs or [], strict=True):
                 assert one == pytest.approx(expected_one, abs=1e-3)
-        head_rank, worker = server.heads()
+        head_rank, worker = server.reported()
         assert head_rank > 0 and worker == 0
 
 

@@ -208,7 +208,7 @@ def test_a_client_that_disconnects(patched: Patched, right: dict[str, Any]) -> N
 
 
 def test_workers_run_no_head(patched: Patched) -> None:
-    head_rank, *workers = patched.server.heads()
+    head_rank, *workers = patched.server.reported()
     assert head_rank > 0 and not any(workers)
 
 
@@ -219,7 +219,86 @@ def test_ctrl_c_ends_it_as_upstream(checkpoint: Path) -> None:
             with serving.client(server) as client:
                 serving.ask(client, "Hello", max_tokens=12)
             assert not server.wrong()
-            assert all(server.heads()) != plugin
+            assert all(server.reported()) != plugin
             server.press_ctrl_c()
             endings.append((server.exit_code, server.exceptions()))
     assert endings[1] == endings[0]
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one for each rank, where "only-0" and "broken-1" are not all that they are."""
+    folder = tmp_path_factory.mktemp("machines")
+    models = {"a": "qwen2-untied", "b": "deepseek_v3", "tied": "qwen2-tied", "llama": "qwen2-tied"}
+    for rank in ("0", "1"):
+        some = {f"only-{rank}": "deepseek_v3", "broken-1": "qwen2-tied"}
+        for name, case in (models | some).items():
+            path = folder / rank / name
+            path.mkdir(parents=True)
+            tiny_checkpoint.write(case, path)
+        config = folder / rank / "llama" / "config.json"
+        config.write_text(config.read_text().replace('"qwen2"', '"llama"'))
+    file = folder / "1" / "broken-1" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    return folder
+
+
+SWAPS: list[tuple[str, dict[str, str]]] = [
+    *((name, {}) for name in ("a", "b", "a", "tied", "llama", "b", "nowhere", "a")),
+    ("a", {"adapters": "adapter"}),
+    ("b", {"draft_model": "tied"}),
+    *((name, {}) for name in ("b", "a")),
+]
+FAIL_ON_ONE = ["only-0", "a", "only-1", "b", "broken-1", "broken-1", "a"]
+
+
+def test_models_are_swapped_as_unpatched(machines: Path) -> None:
+    """And one that one rank lacks, or cannot load, is an error, and the server goes on."""
+    answers, loads = {}, {}
+    for plugin in (False, True):
+        env = {"RANK_FOLDERS": str(machines), "HF_HUB_OFFLINE": "1"}
+        swaps = [*SWAPS, *((name, {}) for name in FAIL_ON_ONE if plugin)]
+        with (
+            serving.server(
+                machines / "0" / "a", count=2, plugin=plugin, env=env, may_complain=True
+            ) as server,
+            serving.client(server) as client,
+        ):
+
+            def ask(name: str, more: dict[str, str], client: openai.OpenAI = client) -> Any:
+                options = {"model": name, "max_tokens": 9, "extra_body": more}
+                try:
+                    return serving.ask(client, "Hello, " + name[0], **options)["text"]
+                except openai.APIStatusError as error:
+                    return error.response.text
+
+            answers[plugin] = [ask(name, more) for name, more in swaps]
+            with ThreadPoolExecutor() as pool:
+                asked = [pool.submit(ask, name, {}) for name in ("a", "b", "a", "b")]
+                answers[plugin] += [each.result() for each in asked]
+            loads[plugin] = server.reported()
+            said = server.said()
+    count = len(SWAPS)
+    assert answers[True][:count] == answers[False][:count]
+    assert answers[True][-4:] == answers[False][-4:]
+    told = dict(zip(FAIL_ON_ONE, answers[True][count:], strict=False))
+    assert [told["a"], told["b"]] == answers[True][:2]
+    assert "only-0 cannot be loaded by rank 1 (LocalEntryNotFoundError(" in told["only-0"]
+    assert "broken-1 cannot be loaded by rank 1 (RuntimeError('[load_safetens" in told["broken-1"]
+    assert "Cannot find an appropriate cached" in told["only-1"]  # rank 0's own
+    assert "only-1 cannot be loaded by rank 0 (LocalEntryNotFoundError(" in said
+    for rank, (before, after) in enumerate(zip(loads[False], loads[True], strict=True)):
+        for load in after:
+            # Upstream's server keeps the model before while it loads the next one.
+            for state in (load["left"], load.get("loaded", load["left"])):
+                assert len(state["status"]) == state["models"] <= 2, load
+                assert all(f", rank {rank} of 2: " in model for model in state["status"])
+                assert state["noted"] == 0  # nothing is under way
+        names = [load["model"] for load in after]
+        alike = names.index(FAIL_ON_ONE[0])
+        assert names[:alike] == [load["model"] for load in before][:alike]
+        for load, unpatched in zip(after[:alike], before, strict=False):
+            assert load.keys() == unpatched.keys()
+            for when in load.keys() - {"model"}:
+                assert load[when]["models"] == unpatched[when]["models"]
+                assert load[when]["bytes"] <= unpatched[when]["bytes"] + 64

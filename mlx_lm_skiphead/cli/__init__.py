@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..config import fetches_all, requested_mode, watch_seconds
+from ..config import deadline_seconds, fetches_all, requested_mode, watch_seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         watch_seconds()
+        deadline_seconds()
         fetches_all()
         if arguments.run is not doctor.run:  # which reports it among the rest
             requested_mode()

@@ -46,6 +46,10 @@ KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text())
 BACKENDS = ("ring", "jaccl", "mpi", "nccl")
 HARMLESS = {"Python", "mlx", "packaging", "rich", "wrapt", "settings of mlx"}
 """Facts in which ranks may differ."""
+CACHE_BYTES = (
+    "--prompt-cache-bytes over ranks: each drops prompts by the size of its own layers, and then "
+    "the ranks go on with different parts of a prompt. Use --prompt-cache-size."
+)
 NO_IMPORT = "cannot be imported"
 NO_MPI = (
     "MLX does not find MPI, and each rank is alone: set MLX_MPI_LIBNAME to its library, as in "
@@ -62,6 +66,7 @@ def add_command(commands: Any) -> None:
     option("--import", dest="modules", action="append", default=[], metavar="MODULE", help=first)
     option("--links", action="store_true", help="measure each link, under mlx.launch or mpirun")
     option("--json", action="store_true", help="print one JSON document, and nothing else")
+    option("program", nargs=argparse.REMAINDER, help="looked at, and not run: what run is given")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -293,6 +298,8 @@ def _look_at_ranks(report: Report, measures_links: bool) -> None:
         if group.size() == 1:  # as MLX takes a library of MPI that it cannot load
             problems += [NO_MPI] if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1" else []
             return
+        if any("--prompt-cache-bytes" in text for text in (*sys.argv, *os.environ.values())):
+            warnings.append(CACHE_BYTES)
         ranks = report["ranks"] = exchanged(_facts(report, measures_links))
         facts = {name: [rank.get(name, "") for rank in ranks] for name in ranks[0]}
         differing = {name: values for name, values in facts.items() if len(set(values)) > 1}

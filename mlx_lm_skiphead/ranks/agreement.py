@@ -4,7 +4,8 @@ A rank with the plugin beside one without would wait in other collectives, for e
 `sharded_load` ends in a sum of ones over all ranks, patched or not: here a rank with the plugin
 adds more than one to it, and sees from the sum who did not. A collective of the plugin's own would
 wait for ever for a rank without it. Only where all have the plugin do they tell each other more in
-another collective.
+another collective. A rank whose load fails takes part too: then it fails on all ranks, and none
+waits for that one.
 
 Not looked at: a model that a program splits by its own ``model.model.pipeline(group)``. There
 ``mlx-lm-skiphead doctor`` under ``mlx.launch`` compares the ranks.
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -63,40 +66,80 @@ def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: An
         return wrapped(*args, **kwargs)
     # By frame: sharded_load may have been imported by name before the plugin.
     loader = caller(LOADING_MODULE, "sharded_load")
-    group = loader and loader.f_locals.get("pipeline_group")
+    given = loader.f_locals if loader else {}
+    group = given.get("pipeline_group")
     if group is None or group.size() == 1:
         return wrapped(*args, **kwargs)
-    ranks = mx.distributed.init().size()
     mine, *others = args
     total = wrapped(mine * (1.0 + MARK), *others, **kwargs)
-    here = f"rank {mx.distributed.init().rank()} of {ranks}, loading"
+    _compare(total, str(given["repo"]))
+    return mx.array(float(mx.distributed.init().size()))
+
+
+def take_part(error: Exception, repo: str, group: Any) -> None:
+    """Where `sharded_load` fails on this rank, tell the others, which would wait for it for ever.
+
+    Args:
+        error: what it has raised.
+        repo, group: its arguments.
+    """
+    if any(f.f_code is on_all_sum.__code__ for f, _ in traceback.walk_tb(error.__traceback__)):
+        # It has taken part. What is kept of the failure is not to keep the model.
+        traceback.clear_frames(error.__traceback__)
+    elif group is not None and group.size() > 1 and registry.target(AGREEMENT).state == "patched":
+        log.error("rank %d cannot load %s: %r", mx.distributed.init().rank(), repo, error)
+        with suppress(RuntimeError):
+            total = mx.distributed.all_sum(mx.array(1.0 + MARK), stream=mx.cpu)
+            _compare(total, repo, repr(error)[:300])  # of which JSON may make 1,800 bytes
+
+
+def _compare(total: mx.array, repo: str, failure: str = "") -> None:
+    """Compare the ranks, of which `total` is the sum. This one has loaded `repo`, or has failed to.
+
+    Raises:
+        SkipheadError: if they differ, or if one of them has failed to.
+    """
+    rank, ranks = mx.distributed.init().rank(), mx.distributed.init().size()
+    here = f"rank {rank} of {ranks}, loading {repo}"
     try:
         with watch.watched(lambda seconds: f"{here}: {seconds:.0f} s for all ranks to have loaded"):
-            _check_sum(int(total.item()) - ranks, ranks)
+            _check_sum(total.item(), here, ranks)
             settings = _settings()
-            by_rank = exchanged(settings | {k: v for tell, _ in topics for k, v in tell().items()})
+            # Of a model that is there in part nothing can be told.
+            more = {k: v for tell, _ in topics for k, v in tell().items()} if not failure else {}
+            by_rank = exchanged(settings | more | {"failure": failure})
             _check_settings([{name: said[name] for name in settings} for said in by_rank])
     except SkipheadError as error:
         log.critical("%s", error)
         raise
+    failed = [f"rank {r} ({said['failure']})" for r, said in enumerate(by_rank) if said["failure"]]
+    if failed:
+        # Not critical: a server goes on, with another model.
+        text = f"{repo} cannot be loaded by {' and '.join(failed)}, so no rank has loaded it"
+        if not failure:
+            log.error("%s", text)
+        raise SkipheadError(text)
     for _, hear in topics:
         hear(by_rank)
-    watch.agreed = True
-    return mx.array(float(ranks))
 
 
-def _check_sum(marks: int, ranks: int) -> None:
-    active, rest = divmod(marks, MARK)
-    here = f"rank {mx.distributed.init().rank()}"
-    if rest or active > ranks:
+def _check_sum(total: Any, here: str, ranks: int) -> None:
+    active, loading = divmod(total, MARK)
+    if active <= loading < ranks:
         raise SkipheadError(
-            f"The {ranks} ranks have versions of mlx-lm-skiphead that do not work together; {here} "
-            f"has {_settings()['mlx-lm-skiphead']}. {FOR_ALL}"
+            f"This is {here}, and {ranks - loading:.0f} of the other ranks are not: they may have "
+            "failed to load it, or lack it. Look at their logs."
+        )
+    if loading != ranks or active > ranks:
+        raise SkipheadError(
+            f"The {ranks} ranks have versions of mlx-lm-skiphead that do not work together. This "
+            f"is {here}, with {_settings()['mlx-lm-skiphead']}. {FOR_ALL}"
         )
     if active != ranks:
+        rank = mx.distributed.init().rank()
         raise SkipheadError(
-            f"mlx-lm-skiphead is on in {active} of {ranks} ranks, {here} among them, and off in "
-            f"{ranks - active}. {FOR_ALL}"
+            f"mlx-lm-skiphead is on in {active:.0f} of {ranks} ranks, rank {rank} among them, and "
+            f"off in {ranks - active:.0f}. {FOR_ALL}"
         )
 
 

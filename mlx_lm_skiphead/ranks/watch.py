@@ -1,7 +1,8 @@
-"""A watch: where a step does not end, this rank says so once, and what it waits for.
+"""A watch: where a step does not go on, this rank says so, and what it waits for, or ends.
 
 One thread for a process looks at what is under way. It is started by the first step of a pipelined
-model, and never where ``MLX_LM_SKIPHEAD_WATCH`` is ``0``. Not watched: a loop of the user's own.
+model, unless ``MLX_LM_SKIPHEAD_WATCH`` is ``0`` and there is no ``MLX_LM_SKIPHEAD_DEADLINE``. Not
+watched: a loop of the user's own.
 """
 
 from __future__ import annotations
@@ -10,57 +11,79 @@ import faulthandler
 import functools
 import io
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 
 from .. import config
 
 log = logging.getLogger("mlx_lm_skiphead")
 
-agreed = False
-"""Whether all ranks are known to have the plugin on: `sharded_load` has compared them, or a step
-has ended."""
-
 CAUSES = (
-    "another rank has ended or is stopped, a link is down, a prompt is very long, or a rank slow"
-)
-NOT_COMPARED = (
-    "mlx-lm-skiphead is off on another rank (this model was split by pipeline(), where ranks are "
-    "not compared as in sharded_load), "
+    "usually another rank has ended or is stopped, a link is down, a rank is slow, or "
+    "mlx-lm-skiphead is off on one (after pipeline() ranks are not compared as in sharded_load)"
 )
 
 
+@dataclass
 class _Step:
-    def __init__(self, describe: Callable[[float], str]) -> None:
-        self.describe = describe
-        self.began = time.monotonic()
-        self.told = ""
+    """What a thread waits for, since the last thing that has happened in it."""
+
+    describe: Callable[[float], str]
+    """Says of the seconds since then who waits, and for what."""
+    is_slow: bool
+    """Whether it may well take long; then stacks wait for three times the time."""
+    is_programs: bool
+    """Whether it is the program that runs, and no rank that is waited for. It has no deadline."""
+    began: float = field(default_factory=time.monotonic)
+    told: str = ""
+    has_stacks: bool = False
 
 
-_under_way: set[_Step] = set()
+_innermost: dict[int, _Step | None] = {}
+"""By thread, the step that it is in; not those around it."""
 
 
 def under_way() -> list[str]:
-    """What this process has under way, one line each."""
+    """What this process has under way, one line a thread."""
     now = time.monotonic()
-    return [step.describe(now - step.began) for step in list(_under_way)]
+    return [step.describe(now - step.began) for step in list(_innermost.values()) if step]
 
 
 @contextmanager
-def watched(describe: Callable[[float], str]) -> Iterator[None]:
-    """The ``with`` block is a step; `describe` says of its seconds who waits, and for what."""
-    step = _Step(describe)
-    _under_way.add(step)
-    if config.watch:
+def watched(
+    describe: Callable[[float], str], is_slow: bool = True, is_programs: bool = False
+) -> Iterator[None]:
+    """The ``with`` block is a step. The step around it begins anew behind it.
+
+    Args:
+        describe, is_slow, is_programs: as in `_Step`.
+    """
+    goes_on()
+    thread = threading.get_ident()
+    around = _innermost.get(thread)
+    _innermost[thread] = _Step(describe, is_slow, is_programs)
+    if config.watch or config.deadline:
         _start()
     try:
         yield
     finally:
-        _under_way.discard(step)
+        goes_on()
+        _innermost[thread] = around
+        goes_on()
+
+
+def goes_on() -> None:
+    """Something has happened in the step of this thread, if it is in one: its time begins anew."""
+    thread = threading.get_ident()
+    if step := _innermost.get(thread):
         if step.told:
             log.warning("%s: went on after %.0f s", step.told, time.monotonic() - step.began)
+        _innermost[thread] = _Step(step.describe, step.is_slow, step.is_programs)
 
 
 @functools.cache
@@ -71,22 +94,38 @@ def _start() -> None:
 def _look() -> None:
     last = time.monotonic()
     while True:
-        pause = min(1.0, config.watch / 4) or 1.0  # 0: an install() without a watch has followed
+        # Neither: an install() without them has followed.
+        pause = min(1.0, *(seconds / 4 or 1.0 for seconds in (config.watch, config.deadline)))
         time.sleep(pause)
         now = time.monotonic()
-        stopped, last = now - last - 2 * pause, now
-        _tell(now, stopped if stopped > pause else 0.0)
+        _tell(now, now - last - pause)
+        last = now
 
 
-def _tell(now: float, stopped: float) -> None:
-    """A function of its own, so that no step, and with it a model, is kept until the next."""
-    for step in list(_under_way):
-        if stopped:  # this process itself was
-            step.began += stopped
-        elif 0 < config.watch < now - step.began and not step.told:
-            step.told = step.describe(now - step.began)
-            usual = "" if agreed else NOT_COMPARED
-            usual = f"usually {usual}{CAUSES}; " if "rank" in step.told.partition(": ")[2] else ""
-            log.warning("%s; %sthe stacks of all threads follow", step.told, usual)
-            with suppress(io.UnsupportedOperation, AttributeError, ValueError):
-                faulthandler.dump_traceback()
+def _tell(now: float, late: float) -> None:
+    """A function of its own, so that no step, and with it a model, is kept until the next look.
+
+    Args:
+        now: the time.
+        late: the seconds that this process was stopped itself, or too busy to look. They do not
+            count.
+    """
+    for step in filter(None, list(_innermost.values())):
+        step.began = min(now, step.began + late)
+        seconds = now - step.began
+        if 0 < config.deadline < seconds and not step.is_programs:
+            end = f"{step.describe(seconds)}; {config.DEADLINE}={config.deadline:g} is over"
+            with suppress(Exception):
+                print(f"mlx-lm-skiphead: {end}, exit code 75", file=sys.stderr, flush=True)
+            # At once, whatever threads wait for: so a launcher ends the other ranks. EX_TEMPFAIL.
+            os._exit(75)
+        limit = config.watch * (3 if step.told else 1)
+        if 0 < limit < seconds and not step.has_stacks:
+            step.has_stacks = bool(step.told) or not step.is_slow
+            step.told = step.describe(seconds)
+            causes = "" if step.is_programs else f"; {CAUSES}"
+            stacks = "; the stacks of all threads follow" if step.has_stacks else ""
+            log.warning("%s%s%s", step.told, causes, stacks)
+            if step.has_stacks:
+                with suppress(io.UnsupportedOperation, AttributeError, ValueError):
+                    faulthandler.dump_traceback()

@@ -14,16 +14,15 @@ import inspect
 import zlib
 from array import array
 from collections.abc import Callable, Generator, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
 
 from ..families import LOOPS_MODULE, stage_in
 from ..patching import drift
+from ..patching.frames import caller
 from ..patching.handles import Patch
 from ..patching.registry import has_begun, has_ended, this_thread
-from ..ranks import watch
 from . import programs
 from .head import BROADCAST
 from .sharing import Run
@@ -34,17 +33,18 @@ Kwargs = dict[str, Any]
 LOST = "every rank runs the head in it"
 
 
-def run_of(model: Any, prompt: Iterable[int]) -> Run | None:
+def run_of(model: Any, prompt: Iterable[int], chunks: int = 0) -> Run | None:
     """A run of `model`, or None where there is no head to skip.
 
     Args:
         model: as mlx-lm loads it.
         prompt: the ids that all ranks should have been given.
+        chunks: how many forward passes compute what comes before the prompt's last token.
     """
     stage = stage_in(model)
     if stage is None:
         return None
-    return Run(stage, stage.pipeline_rank, zlib.crc32(array("q", prompt).tobytes()))
+    return Run(stage, stage.pipeline_rank, zlib.crc32(array("q", prompt).tobytes()), chunks)
 
 
 def generate_step(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -150,7 +150,19 @@ def batch_prompt(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> An
     """
     # Between prompts it is called for each step, and has nothing to do.
     run = run_of(batch.model, ()) if batch.uids else None
-    with run.building() if run else nullcontext():
+    last = vars(batch).get("_skiphead_prompt")
+    vars(batch)["_skiphead_prompt"] = run
+    if run is None:
+        return wrapped(*args, **kwargs)
+    # A `BatchGenerator` gives a chunk of each prompt, and keeps the rest in segments. A segment
+    # begins with a new chunk; the last one, a token, is no chunk.
+    frame, size = caller(LOOPS_MODULE, "_next"), batch.prefill_step_size
+    given = [([ids],) for ids in (args[0] if args else kwargs["tokens"])]
+    prompts = getattr(frame and frame.f_locals["self"], "_currently_processing", given)
+    chunks = (sum(-(-len(ids) // size) for ids in segments) for segments, *_ in prompts)
+    run.chunk = last.chunk if last else 0
+    run.chunks = run.chunk + max(chunks, default=0)
+    with run.building():
         return wrapped(*args, **kwargs)
 
 
@@ -181,7 +193,7 @@ PATCHES = (
     row("GenerationBatch._step", batch_step, _STEP),
     row("GenerationBatch._next_tokens", NextTokens(), drift.nothing),
     row("GenerationBatch.extend", batch_extend, drift.signature("batch")),
-    row("PromptProcessingBatch.prompt", batch_prompt, drift.uses("model")),
+    row("PromptProcessingBatch.prompt", batch_prompt, drift.uses("model", "prefill_step_size")),
     row("BatchGenerator.close", batch_close, drift.uses("_stream")),
 )
 
@@ -195,7 +207,9 @@ def begin(wrapped: Wrapped, args: Args, kwargs: Kwargs) -> tuple[Kwargs, Run | N
     bound.apply_defaults()
     given = bound.arguments
     prompt = getattr(given["prompt"], "tolist", lambda: ())()
-    return given, run_of(given["model"], prompt if isinstance(prompt, list) else ())
+    prompt = prompt if isinstance(prompt, list) else ()
+    chunks = -((1 - len(prompt)) // (given.get("prefill_step_size") or 1))
+    return given, run_of(given["model"], prompt, chunks)
 
 
 def steps(
@@ -221,7 +235,6 @@ def steps(
                     run.check(in_flight)
             if step is None:
                 break
-            watch.agreed = True
             yield step
         run.finish(stream)
     except BaseException as error:

@@ -85,7 +85,8 @@ def _guarded(run: Run, function: Sampling, otherwise: Sampling) -> Sampling:
         run.step.calls += 1
         run.step.is_programs |= is_programs
         try:
-            with _calling(run, "a sampler or a logits processor"):
+            what = "a sampler or a logits processor"
+            with _calling(run, what) if is_programs else during(run=None):
                 return function(*args)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or not run.skips:
@@ -100,9 +101,5 @@ def _guarded(run: Run, function: Sampling, otherwise: Sampling) -> Sampling:
 
 @contextmanager
 def _calling(run: Run, what: str) -> Iterator[None]:
-    before, run.calling = run.calling, f"{what} of the program"
-    try:
-        with during(run=None):
-            yield
-    finally:
-        run.calling = before
+    with run.watched(f"{what} of the program"), during(run=None):
+        yield

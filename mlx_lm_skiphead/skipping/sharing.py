@@ -30,7 +30,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -92,9 +92,10 @@ class Run:
         stage: the pipelined model; None for a loop of the user's own, which may have several.
         rank: this rank. Any but 0 is a worker.
         prompt: a checksum of the ids of the prompt, which the ranks compare.
+        chunks: how many forward passes compute what comes before the prompt's last token.
     """
 
-    def __init__(self, stage: Any, rank: int, prompt: int = 0) -> None:
+    def __init__(self, stage: Any, rank: int, prompt: int = 0, chunks: int = 0) -> None:
         self.stage = stage
         self.rank = rank
         self.step = Step()
@@ -105,10 +106,10 @@ class Run:
         """Shares in flight, which `check` has yet to look at."""
         self.last: mx.array | None = None
         """The last share, until `finish` has waited for it."""
-        self.calling = ""
-        """The kind of function of the program that runs now, if one does; for the watch."""
         self.has_failed = False
         """Whether all ranks have left this run with an error."""
+        self.chunk, self.chunks = 0, chunks
+        """The forward passes so far, and how many of them are chunks of the prompt."""
         self._prompt = prompt
         self._ids: mx.array | None = None
         """The ids that the last share gave."""
@@ -123,7 +124,7 @@ class Run:
     @contextmanager
     def building(self) -> Iterator[None]:
         """Inside the ``with`` block this thread's calls of the model belong to this run."""
-        with watch.watched(self.describe), during(run=self):
+        with self.watched(), during(run=self):
             if self._thread != threading.get_ident() and self.last is not None:
                 # Each thread has streams of its own, and nothing orders two of them: a receive of
                 # this step would take what is sent for the share of the step before.
@@ -131,13 +132,19 @@ class Run:
             self._thread = threading.get_ident()
             yield
 
-    def describe(self, seconds: float) -> str:
+    def watched(self, program: str = "") -> AbstractContextManager[None]:
+        """A ``with`` block that waits for other ranks, or else for what `program` says."""
+        describe = functools.partial(self.describe, program)
+        return watch.watched(describe, is_slow=not self._steps, is_programs=bool(program))
+
+    def describe(self, program: str, seconds: float) -> str:
         """What this rank has been waiting for since `seconds`, in words."""
         ranks = self.stage.pipeline_size
         behind = f"hidden states of rank {self.rank + 1}" if self.rank + 1 < ranks else ""
         token = "rank 0's token" if self.is_worker and self._steps else ""
-        where = f"step {self._steps}, batch {self._batch}" if self._steps else "prompt"
-        what = self.calling or " or ".join(filter(None, (behind, token)))
+        chunk = f", chunk {self.chunk} of {self.chunks}" if 0 < self.chunk <= self.chunks else ""
+        where = f"step {self._steps}, batch {self._batch}" if self._steps else f"prompt{chunk}"
+        what = program or " or ".join(filter(None, (behind, token)))
         what = what or f"rank {self.rank - 1} to take its hidden states"
         return f"rank {self.rank} of {ranks}, {where}: {seconds:.0f} s for {what}"
 
@@ -151,6 +158,8 @@ class Run:
             hidden: the hidden states ``(B, L, H)``: on a worker its send.
             gather, options: the other arguments of the broadcast.
         """
+        watch.goes_on()
+        self.chunk += 1
         if self.stage is not None:
             self.step.hidden.clear()  # of the prompt, which needs no share
             if not self.step.errors:
@@ -317,7 +326,7 @@ class Run:
             stream: what the loop computes on.
         """
         if self.last is not None:
-            with watch.watched(self.describe):
+            with self.watched():
                 mx.eval(self.last)
                 self.last = None
                 mx.synchronize(stream)

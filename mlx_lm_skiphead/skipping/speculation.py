@@ -12,6 +12,7 @@ import mlx.core as mx
 import wrapt
 
 from ..patching import drift
+from ..ranks import watch
 from .loops import Args, Kwargs, Wrapped, begin, greedy, row, steps
 from .programs import Processors, Sampling, sampler
 from .sharing import Run, Share
@@ -119,6 +120,7 @@ class _Draft(wrapt.CallableObjectProxy):  # type: ignore[type-arg]
         self._self_checked = checked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        watch.goes_on()
         self._self_checked.drafting()
         return self.__wrapped__(*args, **kwargs)
 

@@ -33,6 +33,7 @@ from ..families import LOADING_MODULE
 from ..patching.drift import anything
 from ..patching.handles import Patch
 from ..patching.registry import SkipheadError, this_thread
+from ..ranks import agreement
 
 NORM = "norm"
 INDEX = "model.safetensors.index.json"
@@ -182,10 +183,17 @@ def absent(name: str, module: Module) -> Absent | None:
 
 
 def on_sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The wrapper of `mlx_lm.utils.sharded_load`: `loading` describes the call while it lasts."""
-    vars(loading).update(is_open=True, repo=str(args[0] if args else kwargs.get("repo", "")))
+    """The wrapper of `mlx_lm.utils.sharded_load`: `loading` describes the call while it lasts.
+
+    Where it fails, the other ranks are told.
+    """
+    given = {**dict(zip(("repo", "pipeline_group"), args, strict=False)), **kwargs}
+    vars(loading).update(is_open=True, repo=str(given.get("repo", "")))
     try:
         return wrapped(*args, **kwargs)
+    except Exception as error:
+        agreement.take_part(error, loading.repo, given.get("pipeline_group"))
+        raise
     finally:
         vars(loading).clear()
 
