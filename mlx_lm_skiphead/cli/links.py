@@ -61,7 +61,7 @@ def judge(links: list[dict[str, Any]]) -> Iterator[tuple[bool, str]]:
 
 def total(number: float = 0.0) -> float:
     """The sum of the numbers of all ranks, for all of which it waits."""
-    result: Any = mx.distributed.all_sum(mx.array(number), stream=mx.cpu).item()
+    result: Any = mx.distributed.all_sum(mx.array(float(number)), stream=mx.cpu).item()
     return float(result)
 
 
@@ -135,6 +135,6 @@ def _garbled(group: mx.distributed.Group) -> str:
         if not (mx.array_equal(hidden, sent) and mx.array_equal(everyone, rows)):
             garbled = f"rank {rank} got other data than were sent in step {number}"
     # Rank 0, which prints the report, may itself have got what was sent.
-    if total(bool(garbled)) and not garbled:
+    if total(len(garbled)) and not garbled:
         garbled = "another rank got other data than were sent"
     return garbled
