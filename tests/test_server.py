@@ -301,4 +301,5 @@ def test_models_are_swapped_as_unpatched(machines: Path) -> None:
             assert load.keys() == unpatched.keys()
             for when in load.keys() - {"model"}:
                 assert load[when]["models"] == unpatched[when]["models"]
-                assert load[when]["bytes"] <= unpatched[when]["bytes"] + 64
+                # A head has 65,536. What is still in flight of a step differs.
+                assert load[when]["bytes"] <= unpatched[when]["bytes"] + 4096
