@@ -44,10 +44,13 @@ _RANK = (
 )
 
 
-def command(arguments: list[str], count: int, plugin: bool, launcher: str) -> list[str]:
+def command(
+    arguments: list[str], count: int, plugin: bool, launcher: str, split: str = ""
+) -> list[str]:
     """What each of `count` ranks runs: the server with its `arguments`."""
     python = warm.python() if launcher == "ring" else sys.executable
-    module, *rest = ["mlx_lm_skiphead", "run", "mlx_lm.server"] if plugin else ["mlx_lm.server"]
+    run = ["mlx_lm_skiphead", "run", *(["--split", split] if split else [])]
+    module, *rest = [*(run if plugin else []), "mlx_lm.server"]
     if count == 1:
         return [python, "-m", module, *rest, *arguments]
     return [python, "-c", _RANK.format(module), *rest, *arguments, "--pipeline"]
@@ -139,10 +142,15 @@ class Server:
 
 @contextlib.contextmanager
 def server(
-    model: Path, *options: str, count: int = 1, plugin: bool = False, launcher: str = "ring"
+    model: Path,
+    *options: str,
+    count: int = 1,
+    plugin: bool = False,
+    launcher: str = "ring",
+    split: str = "",
 ) -> Iterator[Server]:
     """mlx_lm.server with `model` and `options`, in a plain process or on `count` ranks, which
-    `launcher` starts (`ranks.LAUNCHERS`).
+    `launcher` starts (`ranks.LAUNCHERS`) and which have layers by `split`.
 
     An AssertionError with the end of all outputs says if it does not start, if it said something
     that is wrong, or if it did not end by itself. No process outlives the block in any case.
@@ -152,7 +160,7 @@ def server(
         variables = ranks.rank_environment(None, folder)
         environment = ranks.inherited() | variables
         arguments = ["--model", str(model), "--port", str(port), *options]
-        run = command(arguments, count, plugin, launcher)
+        run = command(arguments, count, plugin, launcher, split)
         if count > 1:
             launch, environment = ranks.launch_command(launcher, count, variables)
             run = [*launch, *(["--"] if launcher == "ring" else []), *run]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..config import fetches_all, requested_mode, watch_seconds
+from ..config import fetches_all, layers_by_rank, requested_mode, watch_seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         watch_seconds()
         fetches_all()
+        layers_by_rank()
         if arguments.run is not doctor.run:  # which reports it among the rest
             requested_mode()
     except ValueError as error:

@@ -145,6 +145,8 @@ def _print(console: Console, report: examine.Report) -> None:
     setting = f"{config.VARIABLE} is not set" if value is None else f"{config.VARIABLE}={value}"
     mode = "not understood" if report["mode"] == "invalid" else f"the plugin is {report['mode']}"
     line(f"{setting}: {mode}.")
+    if split := os.environ.get(config.SPLIT):
+        line(f"{config.SPLIT}={split}: layers of each rank, rank 0 first.")
     rows = []
     for name, target in report["targets"].items():
         state = Text(target["state"], "red" if target["reason"] else "")

@@ -171,6 +171,10 @@ def look_at_model(name: str, targets: dict[str, dict[str, str]]) -> dict[str, An
             raise Unusable("the plugin does not know it, and it works as upstream")
         if (target := targets[found["family"]])["state"] != "patched":
             raise Unusable(": ".join(filter(None, target.values())))
+        base = BY_NAME[BY_NAME[found["family"]].base or found["family"]]
+        stage = getattr(importlib.import_module(base.module), base.stage_class)
+        if config.layers_by_rank() and "split" not in inspect.signature(stage.pipeline).parameters:
+            raise Unusable(f"{config.SPLIT} is set, and this mlx-lm splits it evenly only")
     except Unusable as error:
         found["reason"] = str(error)
     except Exception as error:
@@ -217,6 +221,7 @@ def _facts(report: Report, measures_links: bool) -> dict[str, str]:
     return {
         "mode": report["mode"],
         "download": (os.environ.get(config.DOWNLOAD) or "all")[:40],
+        "split": (os.environ.get(config.SPLIT) or "even")[:40],
         "plugin": report["plugin"],
         **{name: str(report["packages"][name]["version"]) for name in ("mlx-lm", "mlx", "wrapt")},
         "not patched": ", ".join(n for n, t in targets if t["state"] != "patched"),

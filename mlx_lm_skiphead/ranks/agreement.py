@@ -31,7 +31,7 @@ from . import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Of `exchanged`: plugins of another one must not get as far as that."""
 MARK = 4096 + PROTOCOL
 """What a rank with the plugin adds to the sum besides its one. Sums of it are exact in float32, for
@@ -46,7 +46,8 @@ FOR_ALL = (
 
 told: list[tuple[Callable[[], dict[str, str]], Callable[[list[dict[str, str]]], None]]] = []
 """What else the ranks tell each other where a model loads, in pairs: a function that gives what
-this rank says, by name, and one that is given what all have said, by rank."""
+this rank says, by name, and one that is given what all have said, by rank. What the second one
+raises it raises on all ranks alike."""
 
 
 def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -75,11 +76,11 @@ def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: An
             settings = _settings()
             by_rank = exchanged(settings | {k: v for tell, _ in told for k, v in tell().items()})
             _check_settings([{name: said[name] for name in settings} for said in by_rank])
+            for _, hear in told:
+                hear(by_rank)
     except SkipheadError as error:
         log.critical("%s", error)
         raise
-    for _, hear in told:
-        hear(by_rank)
     watch.agreed = True
     return mx.array(float(ranks))
 
@@ -107,6 +108,7 @@ def _settings() -> dict[str, str]:
     left = sorted(name for name, state in states.items() if state in ("refused", "replaced"))
     return {
         config.VARIABLE: config.active,
+        config.SPLIT: ",".join(map(str, config.split or [])) or "not set",
         "mlx-lm-skiphead": __version__,
         "mlx-lm": metadata.version("mlx-lm"),
         "families known": f"{zlib.crc32(repr(FAMILIES).encode()):08x}",

@@ -155,6 +155,8 @@ class _Loading(threading.local):
     """Whether the files of weights have been fetched; a model without any is made before."""
     model: Any = None
     """The model, as on_disk.py notes it."""
+    is_split = False
+    """Whether splitting.py has split it."""
 
 
 loading = _Loading()
@@ -183,7 +185,8 @@ def absent(name: str, module: Module) -> Absent | None:
 
 def on_sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of `mlx_lm.utils.sharded_load`: what is loaded is known while it lasts."""
-    vars(loading).update(is_open=True, repo=str(args[0] if args else kwargs.get("repo", "")))
+    repo = str(args[0] if args else kwargs.get("repo", ""))
+    vars(loading).update(is_open=True, repo=repo, is_split=False)
     try:
         return wrapped(*args, **kwargs)
     finally:
