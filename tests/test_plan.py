@@ -140,11 +140,16 @@ def test_text(model, capfd):
     ("arguments", "said"),
     [
         (["--bandwidth", "8e-3,4e-3,1.2e-3"], "ms less per token."),
-        (["--bandwidth", "1.2e-3,4e-3,8e-3"], "Make the machine of rank 2 rank 0"),
+        (["--bandwidth", "1.2e-3,4e-3,8e-3"], "with the machines 2,0,1 in that order"),
+        (["--bandwidth", "1.2e-3,4e-3,8e-3"], "run --split 5,1,1 mlx_lm.server"),
+        (["--bandwidth", "8e-3,4e-3,2e-3"], "No memory limits it"),
+        (["--bandwidth", "8,4,2", "--memory", "1e-3,1,1"], "limit is the memory of machine 0"),
         (["--bandwidth", "800,800,800"], "The plugin saves memory, but no time."),
+        (["--bandwidth", "800,800,800"], "No other split is better, nor another order"),
         (["--link", "1e-3", "--batch", "1,32"], "less per token; links take"),
         (["--link", "1,1"], "This is for equal machines."),
         (["--memory", "1,1e-6,1"], "Rank 1's part fits neither way."),
+        (["--memory", "1,1e-6,1"], "No split fits into the memory of these machines."),
         (["--memory", "1,1,1", "--context", "10000000"], "Rank 0's part fits neither way."),
     ],
 )
@@ -158,7 +163,7 @@ def test_json(model, capfd):
     arguments = ["plan", model, "-n", "2", *machines]
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
-    assert told["family"] == "deepseek_v3" and told["rank_0_should_be"] == 1
+    assert told["family"] == "deepseek_v3" and told["splits"][-1]["machines"] == [1, 0]
     assert told["hidden_bytes_per_token"] == 4 * tiny_models.HIDDEN
     head = told["head_bytes"]
     first = told["ranks"][1]
@@ -174,7 +179,10 @@ def test_json(model, capfd):
     assert main([*arguments, "--json", "--memory", ",".join(map(str, both))]) == 0
     told = json.loads(capfd.readouterr().out)
     fits = [part["fits"]["plugin"] for part in told["ranks"]]
-    assert fits.count(False) == 1 and told["rank_0_should_be"] == 1
+    assert fits.count(False) == 1
+    given, *_, best = told["splits"]
+    assert not given["fits"] and best["fits"] and told["limits"] == [1]
+    assert (best["machines"], best["layers"]) == ([1, 0], given["layers"])
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def _report(console: Console, told: dict[str, Any]) -> None:
         console.print(_times_table(told))
     if told["splits"]:
         console.print(_splits_table(told["splits"], bool(told["ranks"][0]["bandwidth"])))
-    console.print("\n".join(_verdict(told)))
+    console.print("\n".join(_verdict(told)), soft_wrap=True)  # there is a command among it
 
 
 def _times_table(told: dict[str, Any]) -> Table:
