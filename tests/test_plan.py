@@ -72,6 +72,31 @@ def test_plan_is_what_ranks_load(case, folder, loaded):
     assert case.startswith(family) or family in ("deepseek_v32", "glm4_moe", "qwen3_5")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_sizes_of_layers_are_those_of_ranks(case, folder):
+    """What ranks would have with another split is what they do have with it."""
+    context = 0 if case == "deepseek_v41" else CONTEXT  # which keeps copies of other ranks' groups
+    layers = sizes.layers(folder / case, [4], context)
+    planned = sizes.plan(folder / case, RANKS, None, [4], context)
+    look = splits.search(planned, layers, [splits.Machine(1, 1)] * RANKS, 4)
+    for stages in itertools.islice(chains(layers.stages, len(layers.memory_bytes)), 3):
+        other = [end - first for first, end in stages]
+        there = sizes.plan(folder / case, RANKS, other, [4], context)
+        way = look.way(range(RANKS), stages)
+        has = [rank.memory_bytes["plugin"] + rank.cache_bytes for rank in there.ranks]
+        assert list(way.memory_bytes) == has
+        reads = sum(rank.reads_bytes[4] for rank in there.ranks) + there.ranks[0].head_bytes
+        assert way.ms == pytest.approx(reads / 1e6)
+
+
+def chains(stages: set[tuple[int, int]], end: int) -> Iterable[list[tuple[int, int]]]:
+    """The splits that are made of some stages, rank 0 first."""
+    for chosen in itertools.combinations(sorted(stages, reverse=True), RANKS):
+        edges = [end, *(first for first, _ in chosen)]
+        if edges[-1] == 0 and [last for _, last in chosen] == edges[:-1]:
+            yield list(chosen)
+
+
 def test_reads_are_of_some_experts(folder):
     config = tiny_models.CONFIGS["deepseek_v3"]
     used = config["num_experts_per_tok"] / config["n_routed_experts"]

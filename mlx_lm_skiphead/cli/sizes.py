@@ -12,7 +12,6 @@ from contextlib import suppress
 from inspect import signature
 from itertools import combinations
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -20,6 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..weights.on_disk import size_of, unused
+from ..weights.splitting import group_of
 from . import downloads
 from .models import Split, split
 from .ranks import role
@@ -126,12 +126,11 @@ def layers(folder: Path, batches: Sequence[int] = (1,), context: int = 0) -> Lay
     places = combinations(range(len(every) + 1), 2)
     for first, end in places if "split" in signature(part.stage.pipeline).parameters else ():
         sizes = [size for size in (len(every) - end, end - first, first) if size]
-        group = SimpleNamespace(rank=lambda end=end: int(end < len(every)), size=sizes.__len__)
         with suppress(ValueError):  # of layers that cannot be a part
-            part.stage.pipeline(group, sizes)
+            part.stage.pipeline(group_of(int(end < len(every)), len(sizes)), sizes)
             stages.add((first, end))
         part.stage.layers = list(every)
-    part.stage.start_idx, part.stage.end_idx = 0, len(every)
+    part.stage.pipeline(group_of(0, 1))
     reads = [_reads(part, layer, batches[0]) for layer in every]
     caches = [max(batches) * cache for cache in _caches(part, context)] or [0] * len(every)
     weights = map(size_of, every)

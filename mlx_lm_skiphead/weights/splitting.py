@@ -69,9 +69,13 @@ def _try_each_rank(wrapped: Any, stage: Any, given: dict[str, Any]) -> None:
     """Split as every rank does, so that all raise where one does, and none waits for it."""
     layers, size = list(stage.layers), given["group"].size()
     for number in range(size):
-        group = SimpleNamespace(rank=lambda number=number: number, size=lambda: size)
-        wrapped(**{**given, "group": group})
+        wrapped(**{**given, "group": group_of(number, size)})
         stage.layers = list(layers)
+
+
+def group_of(rank: int, ranks: int) -> Any:
+    """As much of a group as ``pipeline(group)`` needs: which rank of how many this is."""
+    return SimpleNamespace(rank=lambda: rank, size=lambda: ranks)
 
 
 def _trimmable_until(owner: Any) -> float:
