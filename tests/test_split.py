@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,21 +214,6 @@ def test_run(tmp_path):
     assert done.stdout == "[20, 12]\non [20, 12]\n" and not done.stderr
 
 
-@pytest.fixture(scope="module", params=["1,4", "4,1"])
-def server(request, folder) -> Iterator[serving.Server]:
-    """Of a hybrid of which rank 0, or rank 1, has only linear attention."""
-    options = [folder / "qwen3_next", *test_server.OPTIONS]
-    with serving.server(*options, count=2, plugin=True, split=request.param) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def served(folder) -> list[Any]:
-    """What one process says to questions that find something in the prompt cache."""
-    with serving.server(folder / "qwen3_next", *test_server.OPTIONS) as server:
-        return asked(server)
-
-
 def asked(server: serving.Server) -> list[Any]:
     with serving.client(server) as client:
         ask = partial(serving.ask, client)
@@ -238,7 +222,14 @@ def asked(server: serving.Server) -> list[Any]:
         return [ask(prompt, **options) for prompt, options in [*cases, *again]]
 
 
-def test_the_server(server, served):
-    assert asked(server) == served
-    head, worker = server.heads()
-    assert head > 0 and worker == 0
+def test_the_server(tmp_path):
+    """Ranks find the same in their prompt caches, though one could reuse more: of the layers of
+    this hybrid the last one alone has a cache that can be trimmed."""
+    tiny_checkpoint.write("qwen3_next", tmp_path, num_hidden_layers=4)
+    with serving.server(tmp_path, *test_server.OPTIONS) as server:
+        right = asked(server)
+    options = {"count": 2, "plugin": True, "split": "1,3"}
+    with serving.server(tmp_path, *test_server.OPTIONS, **options) as server:
+        assert asked(server) == right
+        head, worker = server.heads()
+        assert head > 0 and worker == 0
