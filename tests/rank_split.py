@@ -80,7 +80,7 @@ def main(folder: str, *cases: str) -> None:
             said["batch"] = rank_families.batched(model)
             said["trimmable"] = trimmable(model)
             said["layers"] = layers(model)
-    if group.size() > 1:
+    if group.size() > 1 and len(cases) > 2:
         others = [2] + [1] * (group.size() - 2)
         own = [5 - sum(others), *others]
         split = ",".join(map(str, reversed(own)))

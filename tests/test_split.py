@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import ranks
 import serving
-import test_server
 import tiny_checkpoint
 import tiny_models
 from rank_split import OWN
@@ -22,6 +21,7 @@ from mlx_lm_skiphead.config import layers_by_rank
 from mlx_lm_skiphead.families import FAMILIES
 
 SCRIPT = Path(__file__).with_name("rank_split.py")
+OPTIONS = ("--prefill-step-size", "32")  # of the server
 NO_WEIGHTS = 2000  # bytes in memory of rotation tables and the like
 ALIASES = {family.name for family in FAMILIES if family.is_alias}
 CASES = [c for c in tiny_models.FAMILIES if c not in ALIASES and tiny_models.is_pipelined(c)]
@@ -35,7 +35,7 @@ def takes_split() -> bool:
     return "split" in inspect.signature(PipelineMixin.pipeline).parameters
 
 
-pytestmark = pytest.mark.skipif(not takes_split(), reason="this mlx-lm splits evenly only")
+uneven = pytest.mark.skipif(not takes_split(), reason="this mlx-lm splits evenly only")
 
 
 def layers_of(case: str) -> int:
@@ -82,6 +82,7 @@ def without_logprobs(batch: Any) -> Any:
     return [response[:2] for response in batch["told"]], batch["random"], batch["batch_generate"]
 
 
+@uneven
 @pytest.mark.parametrize("case", [*CASES, *TIED])
 def test_family(case, count, folder, right, told):
     expected = right[f"{case}:"]
@@ -114,11 +115,13 @@ def test_family(case, count, folder, right, told):
             end = first
 
 
+@uneven
 def test_most_families_take_a_split(told):
     errors = [name for name, said in told[0].items() if "error" in said]
     assert {name.partition(":")[0] for name in errors} == {"bailing_hybrid", "kimi_k3"}
 
 
+@uneven
 def test_the_programs_own_split_counts(count, told):
     others = [2] + [1] * (count - 2)
     own = [5 - sum(others), *others]
@@ -128,6 +131,7 @@ def test_the_programs_own_split_counts(count, told):
             assert told[rank]["own"][at] == [first, first + split[rank]]
 
 
+@uneven
 def test_a_model_that_is_left_to_upstream_is_an_error(told):
     for said in told:
         assert said["left"].startswith("MLX_LM_SKIPHEAD_SPLIT has no effect on this model")
@@ -146,6 +150,7 @@ ranks.report([model.model.start_idx, model.model.end_idx])
 """
 
 
+@uneven  # where that family has five layers
 @pytest.mark.parametrize("split", ["1,4", "some"])
 def test_off(split, folder, tmp_path):
     """It has no effect, and nothing is said, not even of a value that is wrong."""
@@ -156,6 +161,7 @@ def test_off(split, folder, tmp_path):
     assert not done.stdout and "skiphead" not in done.stderr.lower().replace(str(tmp_path), "")
 
 
+@uneven
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -189,6 +195,15 @@ def test_errors_end_the_launch(values, said, folder, tmp_path):
     assert said in done.stderr
 
 
+@pytest.mark.skipif(takes_split(), reason="this mlx-lm takes a split")
+def test_an_older_mlx_lm_says_so(folder):
+    cases = ("deepseek_v3:3,3", "deepseek_v3")
+    done = ranks.launch(SCRIPT, str(folder), *cases, ranks=2, env={"MLX_LM_SKIPHEAD": "1"})
+    for said in done.results:
+        assert "takes no split. Unset it." in said["deepseek_v3:3,3"]["error"]
+        assert said["deepseek_v3:"]["layers"] in ([0, 3], [3, 6])
+
+
 @pytest.mark.parametrize("value", ["x", "1,", "1;2", "1.5,2"])
 def test_not_understood(value):
     with pytest.raises(ValueError, match=r"_SPLIT=.* is not understood. Give the layers of each"):
@@ -215,6 +230,8 @@ def test_run(tmp_path):
 
 
 def asked(server: serving.Server) -> list[Any]:
+    import test_server  # here, since it imports openai
+
     with serving.client(server) as client:
         ask = partial(serving.ask, client)
         cases = [c for n, c in test_server.ONE_BY_ONE.items() if "logprobs" not in n]
@@ -222,14 +239,15 @@ def asked(server: serving.Server) -> list[Any]:
         return [ask(prompt, **options) for prompt, options in [*cases, *again]]
 
 
+@uneven
 def test_the_server(tmp_path):
     """Ranks find the same in their prompt caches, though one could reuse more: of the layers of
     this hybrid the last one alone has a cache that can be trimmed."""
     tiny_checkpoint.write("qwen3_next", tmp_path, num_hidden_layers=4)
-    with serving.server(tmp_path, *test_server.OPTIONS) as server:
+    with serving.server(tmp_path, *OPTIONS) as server:
         right = asked(server)
     options = {"count": 2, "plugin": True, "split": "1,3"}
-    with serving.server(tmp_path, *test_server.OPTIONS, **options) as server:
+    with serving.server(tmp_path, *OPTIONS, **options) as server:
         assert asked(server) == right
         head, worker = server.heads()
         assert head > 0 and worker == 0
