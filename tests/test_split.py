@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 from functools import partial
@@ -16,7 +15,7 @@ import tiny_checkpoint
 import tiny_models
 from rank_split import OWN
 
-from mlx_lm_skiphead.cli import sizes
+from mlx_lm_skiphead.cli import doctor, sizes
 from mlx_lm_skiphead.config import layers_by_rank
 from mlx_lm_skiphead.families import FAMILIES
 
@@ -29,13 +28,7 @@ TIED = ["qwen3_next-tied", "ministral3-tied"]
 REFUSED = {"kimi_k3": "SkipheadError: {}: mlx_lm.models.kimi_k3 of mlx-lm 0.32.2 takes no split. "}
 
 
-def takes_split() -> bool:
-    from mlx_lm.models.pipeline import PipelineMixin
-
-    return "split" in inspect.signature(PipelineMixin.pipeline).parameters
-
-
-uneven = pytest.mark.skipif(not takes_split(), reason="this mlx-lm splits evenly only")
+uneven = pytest.mark.skipif(not tiny_models.takes_split(), reason="this mlx-lm splits evenly only")
 
 
 def layers_of(case: str) -> int:
@@ -195,7 +188,7 @@ def test_errors_end_the_launch(values, said, folder, tmp_path):
     assert said in done.stderr
 
 
-@pytest.mark.skipif(takes_split(), reason="this mlx-lm takes a split")
+@pytest.mark.skipif(tiny_models.takes_split(), reason="this mlx-lm takes a split")
 def test_an_older_mlx_lm_says_so(folder):
     cases = ("deepseek_v3:3,3", "deepseek_v3")
     done = ranks.launch(SCRIPT, str(folder), *cases, ranks=2, env={"MLX_LM_SKIPHEAD": "1"})
@@ -237,6 +230,16 @@ def asked(server: serving.Server) -> list[Any]:
         cases = [c for n, c in test_server.ONE_BY_ONE.items() if "logprobs" not in n]
         again = [case for case in cases[::-1] if "stream" not in case[1]]
         return [ask(prompt, **options) for prompt, options in [*cases, *again]]
+
+
+@uneven
+@pytest.mark.parametrize(
+    ("case", "said"), [("kimi_k3", "this mlx-lm splits it evenly only"), (OWN, "")]
+)
+def test_doctor(case, said, folder, monkeypatch):
+    monkeypatch.setenv("MLX_LM_SKIPHEAD_SPLIT", "3,2")
+    report = doctor.diagnose(str(folder / case), [], False)
+    assert said in report["model"]["reason"] and report["model"]["supported"] == (not said)
 
 
 @uneven

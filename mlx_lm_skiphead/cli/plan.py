@@ -119,7 +119,8 @@ def document(
         tokens.append({"batch": batch, **parts, "saved_ms": saved})
     ranks = [
         {
-            **{**rank._asdict(), **machine._asdict()},
+            **rank._asdict(),
+            **machine._asdict(),
             "fits": {
                 way: machine.holds(m + rank.cache_bytes) for way, m in rank.memory_bytes.items()
             },

@@ -47,15 +47,14 @@ def on_pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
     given = parameters.bind(*args, **kwargs).arguments
     until = _trimmable_until(on_disk.owner_of(stage))
     if config.split is not None and given.get("split") is None:
-        asked = f"{config.SPLIT}={','.join(map(str, config.split))}"
         try:
             if "split" not in parameters.parameters:
                 module = f"{type(stage).__module__} of mlx-lm {metadata.version('mlx-lm')}"
-                raise SkipheadError(f"{asked}: {module} takes no split. Unset it.")
+                raise SkipheadError(f"{module} takes no split. Unset it.")
             given["split"] = config.split
             _try_each_rank(wrapped, stage, given)
         except (SkipheadError, ValueError) as error:
-            error.args = (f"{asked}: {error}",) if isinstance(error, ValueError) else error.args
+            error.args = (f"{config.SPLIT}={','.join(map(str, config.split))}: {error}",)
             log.critical("%s", error)  # a server's thread may be what loads
             raise
     result = wrapped(**given)

@@ -37,7 +37,7 @@ def main() -> None:
     for pair in range(given.pairs):
         for split, option in list(splits.items())[:: 1 if pair % 2 == 0 else -1]:
             ranks = ["-n", "2", "--cores", "0;1", "--layer-passes", str(given.slower)]
-            found = told(*BENCH, given.model, *ranks, *option, "--rounds", "2", "--tokens", "8")
+            found = told(*BENCH, given.model, *ranks, *option, "--rounds", "1", "--tokens", "8")
             assert found["tokens_agree"]
             times[split].append(found["cases"][0]["ms_per_token"]["plugin"]["median"])
             print(split, f"{times[split][-1]:.1f}", file=sys.stderr, flush=True)
