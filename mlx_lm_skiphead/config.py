@@ -18,6 +18,7 @@ VARIABLE = "MLX_LM_SKIPHEAD"
 WATCH = "MLX_LM_SKIPHEAD_WATCH"
 DEADLINE = "MLX_LM_SKIPHEAD_DEADLINE"
 DOWNLOAD = "MLX_LM_SKIPHEAD_DOWNLOAD"
+SPLIT = "MLX_LM_SKIPHEAD_SPLIT"
 
 _ACCEPTED: dict[Mode, tuple[str, ...]] = {
     "off": ("", "0", "off", "false", "no"),
@@ -86,6 +87,23 @@ def fetches_all(environ: Mapping[str, str] = os.environ) -> bool:
     return value == "all"
 
 
+def layers_by_rank(environ: Mapping[str, str] = os.environ) -> list[int] | None:
+    """How many layers each rank is to have, rank 0 first; None for mlx-lm's even split.
+
+    Raises:
+        ValueError: where the variable is no list of whole numbers. Whether they fit a model and its
+            ranks is for mlx-lm to say.
+    """
+    value = environ.get(SPLIT)
+    try:
+        return [int(part) for part in value.split(",")] if value else None
+    except ValueError:
+        raise ValueError(
+            f"{SPLIT}={value!r} is not understood. Give the layers of each rank, rank 0 first, as "
+            "in 20,12; or unset it."
+        ) from None
+
+
 active: Mode = "off"
 """What is installed in this process now."""
 watch = 0.0
@@ -94,3 +112,5 @@ deadline = 0.0
 """After how many seconds a step ends this process; 0 for never."""
 download_all = True
 """Whether files of weights that this rank never uses are fetched too."""
+split: list[int] | None = None
+"""How many layers each rank is to have, rank 0 first; None for mlx-lm's even split."""

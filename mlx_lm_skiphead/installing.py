@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import wrapt
 
 from . import config
-from .families import BY_NAME, FAMILIES, LOADING_MODULE, LOOPS_MODULE
+from .families import BY_NAME, FAMILIES, LOADING_MODULE, LOOPS_MODULE, MODELS_PACKAGE
 from .patching import drift, registry
 from .patching.handles import Handle, Patch
 from .patching.registry import Outcome, SkipheadError, Target, lock, outcomes
@@ -28,9 +28,10 @@ from .ranks import watch
 log = logging.getLogger("mlx_lm_skiphead")
 
 LOOPS = ("generate_step", "speculative_generate_step", "GenerationBatch")
-PARTS = ("hidden broadcast", "comparison of ranks", "weights", "downloads")
+PARTS = ("hidden broadcast", "comparison of ranks", "weights", "downloads", "prompt caches")
 MODULES = {
     **dict.fromkeys(PARTS, LOADING_MODULE),
+    "prompt caches": f"{MODELS_PACKAGE}.cache",
     **dict.fromkeys(LOOPS, LOOPS_MODULE),
     **{family.name: family.module for family in FAMILIES},
 }
@@ -76,14 +77,13 @@ def table() -> tuple[Patch, ...]:
     """Every patch, one row each."""
     from .ranks import agreement
     from .skipping import head, loops, speculation
-    from .weights import fetching, on_disk
+    from .weights import fetching, on_disk, splitting
 
-    rows = [
-        row for m in (head, agreement, on_disk, fetching, loops, speculation) for row in m.PATCHES
-    ]
+    parts = (head, agreement, on_disk, fetching, splitting, loops, speculation)
+    rows = [row for part in parts for row in part.PATCHES]
     for family in FAMILIES:
         if not family.is_alias:
-            rows += [*head.patches(family), *on_disk.patches(family)]
+            rows += [*head.patches(family), *splitting.patches(family), *on_disk.patches(family)]
     return tuple(rows)
 
 
@@ -100,7 +100,7 @@ def install(mode: str = "on", strict: bool = False) -> None:
             instead of leaving it to upstream with a warning.
 
     Raises:
-        ValueError: for another `mode`.
+        ValueError: for another `mode`, or another variable of ours that is not understood.
         SkipheadError: if `strict`, and something that is imported already had to be refused. The
             rest is installed.
     """
@@ -108,7 +108,7 @@ def install(mode: str = "on", strict: bool = False) -> None:
     if mode not in ("on", "hidden"):
         raise ValueError(f"mode={mode!r} is not understood. Accepted: 'on', 'hidden'.")
     config.watch, config.download_all = config.watch_seconds(), config.fetches_all()
-    config.deadline = config.deadline_seconds()
+    config.deadline, config.split = config.deadline_seconds(), config.layers_by_rank()
     modules = dict.fromkeys(MODULES.values())
     # Not under the lock: a hook that runs in another thread waits for it, inside an import.
     for name in modules:

@@ -44,10 +44,13 @@ _RANK = (
 )
 
 
-def command(arguments: list[str], count: int, plugin: bool, launcher: str) -> list[str]:
+def command(
+    arguments: list[str], count: int, plugin: bool, launcher: str, split: str = ""
+) -> list[str]:
     """What each of `count` ranks runs: the server with its `arguments`."""
     python = warm.python() if launcher == "ring" else sys.executable
-    module, *rest = ["mlx_lm_skiphead", "run", "mlx_lm.server"] if plugin else ["mlx_lm.server"]
+    run = ["mlx_lm_skiphead", "run", *(["--split", split] if split else [])]
+    module, *rest = [*(run if plugin else []), "mlx_lm.server"]
     if count == 1:
         return [python, "-m", module, *rest, *arguments]
     return [python, "-c", _RANK.format(module), *rest, *arguments, "--pipeline"]
@@ -190,9 +193,10 @@ def server(
     launcher: str = "ring",
     env: Mapping[str, str] | None = None,
     may_complain: bool = False,
+    split: str = "",
 ) -> Iterator[Server]:
     """mlx_lm.server with `model` and `options`, in a plain process or on `count` ranks, which
-    `launcher` starts (`ranks.LAUNCHERS`). They see `env` too.
+    `launcher` starts (`ranks.LAUNCHERS`) and which have layers by `split`. They see `env` too.
 
     An AssertionError with the end of all outputs says if it does not start, if it said something
     that is wrong, or if it did not end by itself. No process outlives the block in any case.
@@ -202,7 +206,7 @@ def server(
         variables = ranks.rank_environment(env, folder)
         environment = ranks.inherited() | variables
         arguments = ["--model", str(model), "--port", str(port), *options]
-        run = command(arguments, count, plugin, launcher)
+        run = command(arguments, count, plugin, launcher, split)
         if count > 1:
             launch, environment = ranks.launch_command(launcher, count, variables)
             run = [*launch, *(["--"] if launcher == "ring" else []), *run]

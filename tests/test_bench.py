@@ -168,10 +168,12 @@ def test_what_two_ranks_print_is_told_apart(at, told, tmp_path):
 
 
 def test_instruments(model):
-    """Heads that run twice, the plan, and unpatched against itself."""
+    """Heads and layers that run twice, a split, the plan, and unpatched against itself."""
     case = [model, "-n", "2", "--tokens", "4", "--rounds", "2"]
-    done = bench(*case, "--head-passes", "2", "--plan", command=INSTRUMENTS)
+    slower = ["--head-passes", "2", "--layer-passes", "2", "--split", "6,1"]
+    done = bench(*case, *slower, "--plan", command=INSTRUMENTS)
     assert done.returncode == 0, done.stderr
+    assert "2 ranks with 6,1 layers" in " ".join(done.stdout.split())
     assert "planned ms per token" in done.stdout and "and links of" in done.stdout
     done = bench(*case, "--control", command=INSTRUMENTS)
     assert done.returncode == 0, done.stderr
@@ -210,6 +212,7 @@ def test_a_rank_that_is_killed(model):
     [
         (["nowhere/at/all", "-n", "2"], "there is no folder nowhere/at/all"),
         (["{llama}", "-n", "2"], "does not support mlx_lm.models.llama"),
+        (["{model}", "-n", "2", "--split", "4,4"], "mlx-lm cannot split deepseek_v3 so: "),
         (["{model}", "-n", "9"], "9 ranks need 9 layers, and this model has 7"),
         (["{model}", "--hostfile", "{tmp}/none.json"], "none.json is no host file"),
         (["{model}", "--hostfile", "{tmp}/one.json"], "a list of 2 hosts or more"),

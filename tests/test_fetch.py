@@ -211,6 +211,19 @@ def test_a_file_that_is_brought(hub, count, unpatched, needed):
         assert of("tied", asked) == paths("tied", UNPATCHED[count][rank])
 
 
+@pytest.mark.skipif(not tiny_models.takes_split(), reason="this mlx-lm splits evenly only")
+@pytest.mark.parametrize(
+    ("split", "value", "numbers"),
+    [("5,1", "needed", ["234", "1"]), ("1,5", "needed", ["4", "123"]), ("5,1", "", ["1234", "14"])],
+)
+def test_it_follows_the_split(split, value, numbers, hub, tmp_path):
+    variables = NEEDED | {"MLX_LM_SKIPHEAD_DOWNLOAD": value, "MLX_LM_SKIPHEAD_SPLIT": split}
+    told = start(hub, 2, tmp_path, {"repo": "tiny/untied"}, **variables).results
+    for (mine,), its in zip(told, numbers, strict=True):
+        assert of("untied", mine["asked"]) == paths("untied", its)
+        assert mine["tokens"] == told[0][0]["tokens"]
+
+
 @pytest.mark.parametrize("value", ["", "all"], ids=["unset", "all"])
 def test_all(hub, count, unpatched, value, tmp_path):
     tasks = [{"repo": "tiny/untied", **CALLS}, {"repo": "tiny/tied", **CALLS}]

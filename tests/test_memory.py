@@ -129,6 +129,7 @@ def test_memory(name, folders, count, unpatched, skip):
         assert -0.01 * plain["peak"] < less < 0.01 * plain["peak"] + (rank > 0) * LOGITS, rank
         status = {"rank": rank, "ranks": count, "on_disk": missing, "not_here": []}
         status["family"] = told["left"][0]["family"]
+        status["layers"] = told["left"][0]["layers"]
         assert told["left"] == told["left after"] == [status]
         assert not plain["left"]
         assert told["tokens"] == plain["tokens"]

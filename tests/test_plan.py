@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from collections.abc import Iterable, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import ranks
 import tiny_checkpoint
 import tiny_models
 
-from mlx_lm_skiphead.cli import formula, main, sizes
+from mlx_lm_skiphead.cli import formula, main, sizes, splits
 
 SCRIPT = Path(__file__).with_name("rank_plan.py")
 CONTEXT = 260
@@ -70,6 +76,31 @@ def test_downloads_are_the_same_with_a_context(folder):
     plain, long = (sizes.plan(folder / "deepseek_v3", RANKS, context=c).ranks for c in (0, CONTEXT))
     assert [rank.downloads for rank in long] == [rank.downloads for rank in plain]
     assert plain[0].downloads["needed"] != plain[0].downloads["all"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sizes_of_layers_are_those_of_ranks(case, folder):
+    """What ranks would have with another split is what they do have with it."""
+    context = 0 if case == "deepseek_v41" else CONTEXT  # which keeps copies of other ranks' groups
+    layers = sizes.layers(folder / case, [4], context)
+    planned = sizes.plan(folder / case, RANKS, None, [4], context)
+    look = splits.search(planned, layers, [splits.Machine(1, 1)] * RANKS, 4)
+    for stages in itertools.islice(chains(layers.stages, len(layers.memory_bytes)), 3):
+        other = [end - first for first, end in stages]
+        there = sizes.plan(folder / case, RANKS, other, [4], context)
+        way = look.way(range(RANKS), stages)
+        has = [rank.memory_bytes["plugin"] + rank.cache_bytes for rank in there.ranks]
+        assert list(way.memory_bytes) == has
+        reads = sum(rank.reads_bytes[4] for rank in there.ranks) + there.ranks[0].head_bytes
+        assert way.ms == pytest.approx(reads / 1e6)
+
+
+def chains(stages: set[tuple[int, int]], end: int) -> Iterable[list[tuple[int, int]]]:
+    """The splits that are made of some stages, rank 0 first."""
+    for chosen in itertools.combinations(sorted(stages, reverse=True), RANKS):
+        edges = [end, *(first for first, _ in chosen)]
+        if edges[-1] == 0 and [last for _, last in chosen] == edges[:-1]:
+            yield list(chosen)
 
 
 def test_reads_are_of_some_experts(folder):
@@ -140,11 +171,16 @@ def test_text(model, capfd):
     ("arguments", "said"),
     [
         (["--bandwidth", "8e-3,4e-3,1.2e-3"], "ms less per token."),
-        (["--bandwidth", "1.2e-3,4e-3,8e-3"], "Make the machine of rank 2 rank 0"),
+        (["--bandwidth", "1.2e-3,4e-3,8e-3"], "with the machines 2,0,1 in that order"),
+        (["--bandwidth", "1.2e-3,4e-3,8e-3"], "run --split 5,1,1 mlx_lm.server"),
+        (["--bandwidth", "8e-3,4e-3,2e-3"], "No memory limits it"),
+        (["--bandwidth", "8,4,2", "--memory", "1e-3,1,1"], "limit is the memory of machine 0"),
         (["--bandwidth", "800,800,800"], "The plugin saves memory, but no time."),
+        (["--bandwidth", "800,800,800"], "No other split is better, nor another order"),
         (["--link", "1e-3", "--batch", "1,32"], "less per token; links take"),
         (["--link", "1,1"], "This is for equal machines."),
         (["--memory", "1,1e-6,1"], "Rank 1's part fits neither way."),
+        (["--memory", "1,1e-6,1"], "No split fits into the memory of these machines."),
         (["--memory", "1,1,1", "--context", "10000000"], "Rank 0's part fits neither way."),
     ],
 )
@@ -158,7 +194,7 @@ def test_json(model, capfd):
     arguments = ["plan", model, "-n", "2", *machines]
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
-    assert told["family"] == "deepseek_v3" and told["rank_0_should_be"] == 1
+    assert told["family"] == "deepseek_v3" and told["splits"][-1]["machines"] == [1, 0]
     assert told["hidden_bytes_per_token"] == 4 * tiny_models.HIDDEN
     head = told["head_bytes"]
     first = told["ranks"][1]
@@ -174,7 +210,10 @@ def test_json(model, capfd):
     assert main([*arguments, "--json", "--memory", ",".join(map(str, both))]) == 0
     told = json.loads(capfd.readouterr().out)
     fits = [part["fits"]["plugin"] for part in told["ranks"]]
-    assert fits.count(False) == 1 and told["rank_0_should_be"] == 1
+    assert fits.count(False) == 1
+    given, *_, best = told["splits"]
+    assert not given["fits"] and best["fits"] and told["limits"] == [1]
+    assert (best["machines"], best["layers"]) == ([1, 0], given["layers"])
 
 
 @pytest.mark.parametrize(
@@ -224,3 +263,82 @@ def test_wrong_arguments(arguments, model, capsys):
         main(["plan", model, *arguments])
     assert error.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def brute_force(look: splits.Search, orders: Iterable[Sequence[int]]) -> float:
+    """The least ms of all that fit, by trying every split for every order of machines."""
+    count, layers, least = len(look.machines), len(look.layers), math.inf
+    for order in orders:
+        for cuts in itertools.combinations(range(1, layers), count - 1):
+            edges, time = [0, *cuts, layers], 0.0  # the last rank has the first layers
+            for rank, number in enumerate(order):
+                first, end = edges[count - 1 - rank], edges[count - rank]
+                machine, has = look.machines[number], [*look.layers[first:end], look.besides[rank]]
+                limit = 1e9 * machine.memory if machine.memory else math.inf
+                if (first, end) not in look.stages[rank] or sum(p.memory for p in has) > limit:
+                    time = math.inf
+                time += sum(p.reads for p in has) / machine.bandwidth / 1e6
+            least = min(least, time)
+    return least
+
+
+SIZES = st.integers(0, 20).map(lambda tenths: tenths * 10**8)
+PARTS = st.builds(splits.Size, SIZES, SIZES)
+MACHINES = st.builds(
+    splits.Machine,
+    st.sampled_from([50.0, 100.0, 270.0]),
+    st.sampled_from([None, 1.0, 2.5, 4.0, 8.0]),
+)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(st.data())
+def test_the_best_split_is_the_best_of_all(data):
+    count = data.draw(st.integers(2, 4))
+    layers = data.draw(st.lists(PARTS, min_size=count, max_size=7))
+    machines = data.draw(st.lists(MACHINES, min_size=count, max_size=count))
+    besides = data.draw(st.lists(PARTS, min_size=count, max_size=count))
+    every = list(itertools.combinations(range(len(layers) + 1), 2))
+    stages = [set(every) - data.draw(st.sets(st.sampled_from(every), max_size=3))] * count
+    look, orders = (
+        splits.Search(machines, layers, besides, stages),
+        list(permutations(range(count))),
+    )
+    best, least = look.best(), brute_force(look, orders)
+    if best is None:
+        assert least == math.inf
+        return
+    assert best.fits and best.ms == pytest.approx(least, abs=splits.TIE)
+    assert sorted(best.machines) == list(range(count)) and sum(best.layers) == len(layers)
+    for number, machine in enumerate(machines):
+        freed = [*machines[:number], machine._replace(memory=None), *machines[number + 1 :]]
+        more = brute_force(look._replace(machines=freed), [best.machines])
+        assert (number in look.limits(best)) == (more < best.ms - splits.TIE)
+
+
+@pytest.mark.parametrize(
+    ("machines", "ways"),
+    [
+        # Equal machines: the given split is as good as any.
+        ([(100, None)] * 3, [((0, 1, 2), (4, 3, 2))]),
+        ([(100, None), (50, None), (50, None)], [((0, 1, 2), (4, 3, 2)), ((0, 1, 2), (7, 1, 1))]),
+        # The fastest one as rank 0, and of equal ones the first one first.
+        (
+            [(50, None), (50, None), (100, None)],
+            [((0, 1, 2), (4, 3, 2)), ((0, 1, 2), (1, 1, 7)), ((2, 0, 1), (7, 1, 1))],
+        ),
+        # Without bandwidths: as even as the memories allow.
+        ([(None, 1), (None, 1), (None, 0.55)], [((0, 1, 2), (4, 3, 2))]),
+        ([(None, 1), (None, 0.25), (None, 1)], [((0, 1, 2), (4, 3, 2)), ((0, 1, 2), (4, 1, 4))]),
+        ([(None, 0.3)] * 3, [((0, 1, 2), (4, 3, 2))]),
+    ],
+)
+def test_ways(machines, ways):
+    """Nine layers of 0.2 GB, and a head."""
+    every = set(itertools.combinations(range(10), 2))
+    sizes = [splits.Size(2 * 10**8, 2 * 10**8)] * 9
+    machines = [splits.Machine(*machine) for machine in machines]
+    besides = [splits.Size(0, 10**8), splits.Size(0, 0), splits.Size(0, 0)]
+    look = splits.Search(machines, sizes, besides, [every] * 3)
+    found, _ = splits.compare(look, [(5, 9), (2, 5), (0, 2)])
+    assert [(way.machines, way.layers) for way in found] == ways

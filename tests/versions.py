@@ -18,7 +18,7 @@ VERSIONS = {"0.31.3": "0.31.2", "0.32.0": "0.32.2", "0.32.1": "0.32.4", "0.32.2"
 """Of mlx-lm, each with an mlx that fits: 0.32.1 needs a newer one than it says."""
 
 PROJECT = Path(__file__).resolve().parents[1]
-TESTS = ("switch", "families", "loop", "agreement", "fetch")
+TESTS = ("switch", "families", "loop", "agreement", "fetch", "split")
 CACHE = Path(
     os.environ.get("MLX_LM_SKIPHEAD_TEST_CACHE") or Path.home() / ".cache" / "mlx-lm-skiphead-tests"
 )

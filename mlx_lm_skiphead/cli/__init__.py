@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..config import deadline_seconds, fetches_all, requested_mode, watch_seconds
+from ..config import deadline_seconds, fetches_all, layers_by_rank, requested_mode, watch_seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         watch_seconds()
         deadline_seconds()
         fetches_all()
+        layers_by_rank()
         if arguments.run is not doctor.run:  # which reports it among the rest
             requested_mode()
     except ValueError as error:

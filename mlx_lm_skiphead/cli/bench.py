@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..config import layers_by_rank
 from .ranks import WAYS, RankFailed, launcher, role, running
 from .shared import Unusable, at_least, both, listed, new_command, table
 
@@ -40,6 +41,7 @@ def add_command(commands: Any) -> None:
     option("--starting-port", type=size, default=0, metavar="P", help="of the ranks (a free one)")
     option("--backend", choices=("ring", "mpi"), default="ring", help="of MLX (ring)")
     option("--gpus", type=listed(at_least(0)), metavar="G,...", help="CUDA device of each rank")
+    option("--split", type=sizes, metavar="A,...", help="layers of each rank, rank 0 first (even)")
     option("--batch", type=sizes, default=[1], metavar="B,...", help="batch sizes (1)")
     option("--prompt", type=sizes, default=[8], metavar="L,...", help="prompt lengths (8)")
     option("--tokens", type=size, metavar="N", help="to generate (what takes 2 s, from 8 to 64)")
@@ -74,8 +76,10 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if arguments.gpus is not None and len(arguments.gpus) != count:
         raise Unusable(f"--gpus is for {len(arguments.gpus)} ranks, and there are {count}")
     folder = locate(arguments.model)
-    family = split(folder, 0, count).family.name
-    task = {name: getattr(arguments, name) for name in ("tokens", "rounds", "text", "gpus")}
+    arguments.split = arguments.split or layers_by_rank()
+    family = split(folder, 0, count, arguments.split).family.name
+    names = ("tokens", "rounds", "text", "gpus", "split")
+    task = {name: getattr(arguments, name) for name in names}
     task["model"] = str(folder)
     task["cases"] = [(b, p) for p in arguments.prompt for b in arguments.batch]
     where = arguments.backend, arguments.hostfile, arguments.starting_port
@@ -205,7 +209,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, flo
 
 def report(console: Console, told: dict[str, Any]) -> None:
     """Print what `document` returns."""
-    line = f"{told['model']}: {told['family']}, {told['ranks']} ranks, both ways in turn"
+    split = f" with {','.join(map(str, told['split']))} layers" if told["split"] else ""
+    line = f"{told['model']}: {told['family']}, {told['ranks']} ranks{split}, both ways in turn"
     console.print(line, markup=False)
     cases = [case for case in told["cases"] if case["ratio"]]  # of which a round has ended
     if cases:

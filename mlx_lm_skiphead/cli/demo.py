@@ -32,7 +32,7 @@ def add_command(commands: Any) -> None:
     option("--prompt", dest="text", default="What is the capital of France?", help="(%(default)s)")
     option("--max-tokens", dest="tokens", type=size, default=24, metavar="N", help="(24)")
     as_bench = {"batch": [1], "prompt": [8], "rounds": 7}
-    parser.set_defaults(hostfile=None, starting_port=0, gpus=None, **as_bench)
+    parser.set_defaults(hostfile=None, starting_port=0, gpus=None, split=None, **as_bench)
 
 
 def run(arguments: argparse.Namespace) -> int:

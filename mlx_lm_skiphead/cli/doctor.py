@@ -127,6 +127,9 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> Rep
         mode = report["mode"] = config.requested_mode()
         setting = f"{config.VARIABLE} is not set" if value is None else f"{config.VARIABLE}={value}"
         notes.append(f"{setting}: the plugin is {mode}.")
+        if split := config.layers_by_rank():
+            layers = ",".join(map(str, split))
+            notes.append(f"{config.SPLIT}={layers}: layers of each rank, rank 0 first.")
     except ValueError as error:
         problems.append(str(error))
     # With the plugin off and no model, nothing has been asked for that could fail.
@@ -269,6 +272,10 @@ def _look_at_model(report: Report, name: str) -> None:
             raise Unusable("the plugin does not know it, and it works as upstream")
         if (target := targets[found["family"]])["state"] != "patched":
             raise Unusable(": ".join(filter(None, target.values())))
+        base = BY_NAME[BY_NAME[found["family"]].base or found["family"]]
+        stage = getattr(importlib.import_module(base.module), base.stage_class)
+        if config.layers_by_rank() and "split" not in inspect.signature(stage.pipeline).parameters:
+            raise Unusable(f"{config.SPLIT} is set, and this mlx-lm splits it evenly only")
     except Unusable as error:
         found["reason"] = str(error)
     except Exception as error:
@@ -324,6 +331,7 @@ def _facts(report: Report, measures_links: bool) -> dict[str, str]:
     return {
         config.VARIABLE: report["mode"],
         config.DOWNLOAD: os.environ.get(config.DOWNLOAD) or "all",
+        config.SPLIT: (os.environ.get(config.SPLIT) or "even")[:40],
         **{name: found["version"] for name, found in report["versions"].items()},
         "left to upstream": ", ".join(report["left_to_upstream"]),
         "model": str((report["model"] or {}).get("reason"))[:200],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from .. import families
@@ -78,6 +77,7 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
     import mlx_lm.utils
 
     from .. import uninstall
+    from ..weights.splitting import group_of
 
     uninstall()  # so that this is mlx-lm's own split
     index = folder / "model.safetensors.index.json"
@@ -101,8 +101,7 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
     if ranks > count:
         raise Unusable(f"{ranks} ranks need {ranks} layers, and this model has {count}")
     try:
-        group = SimpleNamespace(rank=lambda: rank, size=lambda: ranks)
-        stage.pipeline(group, *([] if layers is None else [layers]))
+        stage.pipeline(group_of(rank, ranks), *([] if layers is None else [layers]))
     except (TypeError, ValueError) as error:
         raise Unusable(f"mlx-lm cannot split {family.name} so: {error}") from error
     return Split(model, family, config)

@@ -3,7 +3,9 @@
 For each rank it prints layers, the memory of its weights without the plugin and with it, downloads,
 and how much a token reads. It loads no weights and starts no rank. With the memory bandwidths of
 the ranks' machines, their links, or both, it also prints the time of a token; with their memory and
-a context, what fits. `sizes` has what a rank has, `formula` the time of a token.
+a context, what fits. With bandwidths or memories it finds the best split and order of machines, for
+the first batch size. `sizes` has what a rank has, `formula` the time of a token, and `splits` the
+search.
 
 Example: mlx-lm-skiphead plan ./my-model -n 3 --bandwidth 800,400,120 --link 1,0.1 --batch 1,8,32
 --memory 512,128,128 --context 32768
@@ -13,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,21 +29,8 @@ from .ranks import WAYS
 from .shared import Unusable, above_0, at_least, both, listed, new_command, table
 
 if TYPE_CHECKING:
-    from .sizes import Plan, Rank
-
-
-class Machine(NamedTuple):
-    """Where a rank runs. None stands for what is not known."""
-
-    bandwidth: float | None = None
-    """Of its memory, GB/s (10^9)."""
-    memory: float | None = None
-    """GB that it has for weights and caches."""
-
-    def fits(self, rank: Rank) -> dict[str, bool]:
-        """By way, whether the weights and the caches of a rank fit into the memory."""
-        limit = 1e9 * (self.memory or math.inf) - rank.cache_bytes
-        return {way: size <= limit for way, size in rank.memory_bytes.items()}
+    from .sizes import Plan
+    from .splits import Machine, Search
 
 
 def add_command(commands: Any) -> None:
@@ -70,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         Unusable: if the model cannot be split in this way.
     """
     from .models import locate
-    from .sizes import plan
+    from .sizes import layers, plan
+    from .splits import Machine, search
 
     ranks, link = arguments.ranks, arguments.link
     for name in ("bandwidth", "memory"):
@@ -83,11 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.fetch_headers:
             downloads.fetch_headers(arguments.model, Path(name))
         folder = Path(name) if arguments.fetch_headers else locate(arguments.model)
-        planned = plan(folder, ranks, arguments.split, arguments.batch, arguments.context)
-    unknown = [None] * ranks
-    bandwidths, memories = arguments.bandwidth or unknown, arguments.memory or unknown
-    machines = [Machine(*each) for each in zip(bandwidths, memories, strict=True)]
-    told = document(planned, machines, link and Link(*link), arguments.batch)
+        case = arguments.batch, arguments.context
+        planned = plan(folder, ranks, arguments.split, *case)
+        unknown = [None] * ranks
+        bandwidths, memories = arguments.bandwidth or unknown, arguments.memory or unknown
+        machines = [Machine(*each) for each in zip(bandwidths, memories, strict=True)]
+        is_known = bool(arguments.bandwidth or arguments.memory)
+        look = search(planned, layers(folder, *case), machines, case[0][0]) if is_known else None
+    told = document(planned, machines, link and Link(*link), arguments.batch, look)
     told = {"model": arguments.model, "context": arguments.context, **told}
     if arguments.json:
         print(json.dumps(told))
@@ -100,35 +92,22 @@ def reading_times(
     planned: Plan, machines: Sequence[Machine], batch: int
 ) -> list[tuple[float, float]]:
     """The ms in which each rank reads its layers and its head; 0 without a bandwidth."""
-    speeds = [1e6 * (machine.bandwidth or math.inf) for machine in machines]  # bytes in a ms
-    ranks = zip(planned.ranks, speeds, strict=True)
-    return [(rank.reads_bytes[batch] / speed, rank.head_bytes / speed) for rank, speed in ranks]
-
-
-def best_head_machine(planned: Plan, machines: Sequence[Machine], link: Link, batch: int) -> int:
-    """Which machine should be rank 0, by its present rank, if the others keep their order.
-
-    The one with which most ranks fit; of those the one with the shortest time of a token.
-    """
-
-    def cost(chosen: int) -> tuple[int, float]:
-        order = [machines[chosen], *(m for i, m in enumerate(machines) if i != chosen)]
-        pairs = zip(planned.ranks, order, strict=True)
-        full = sum(not machine.fits(rank)["plugin"] for rank, machine in pairs)
-        times = reading_times(planned, order, batch)
-        # Rounded to a nanosecond, so that the present rank 0 stays where nothing is gained.
-        return full, round(token(times, planned.row, link, batch, "plugin").ms, 6)
-
-    return min(range(len(machines)), key=cost)
+    ranks = zip(planned.ranks, machines, strict=True)
+    return [(m.ms(rank.reads_bytes[batch]), m.ms(rank.head_bytes)) for rank, m in ranks]
 
 
 def document(
-    planned: Plan, machines: Sequence[Machine], link: Link | None, batches: Sequence[int]
+    planned: Plan,
+    machines: Sequence[Machine],
+    link: Link | None,
+    batches: Sequence[int],
+    look: Search | None,
 ) -> dict[str, Any]:
     """The plan as JSON: sizes in bytes, times in milliseconds, `ranks` in order of rank.
 
     `tokens` has one entry for each batch size. Without bandwidths its `stages` and `head` are 0. It
-    is empty without bandwidths and links.
+    is empty without bandwidths and links. `splits` and `limits` are what `compare` returns, with
+    the links in the times; they are empty without bandwidths and memories.
     """
     links, files = link or Link(), [rank.downloads for rank in planned.ranks]
     tokens: list[dict[str, Any]] = []
@@ -139,9 +118,20 @@ def document(
         saved = ways["unpatched"].ms - ways["plugin"].ms
         tokens.append({"batch": batch, **parts, "saved_ms": saved})
     ranks = [
-        {**rank._asdict(), **machine._asdict(), "fits": machine.fits(rank)}
+        {
+            **rank._asdict(),
+            **machine._asdict(),
+            "fits": {
+                way: machine.holds(m + rank.cache_bytes) for way, m in rank.memory_bytes.items()
+            },
+        }
         for rank, machine in zip(planned.ranks, machines, strict=True)
     ]
+    from .splits import compare
+
+    splits, limits = compare(look, [rank.layers for rank in planned.ranks]) if look else ([], [])
+    unread = [(0.0, 0.0)] * len(machines)
+    between = token(unread, planned.row, links, batches[0], "plugin").links
     return {
         "family": planned.family,
         "head_bytes": planned.ranks[0].head_bytes,
@@ -150,7 +140,9 @@ def document(
         "ranks": ranks,
         "tokens": tokens,
         "download_bytes": {c: downloads.total(files, c) for c in downloads.CHOICES},
-        "rank_0_should_be": best_head_machine(planned, machines, links, batches[0]),
+        "takes_split": look is None or len(look.stages[0]) > 1,
+        "splits": [{**way._asdict(), "ms": way.ms + between} for way in splits],
+        "limits": limits,
     }
 
 
@@ -181,7 +173,9 @@ def _report(console: Console, told: dict[str, Any]) -> None:
     console.print(downloads.summary([rank["downloads"] for rank in told["ranks"]]))
     if told["tokens"]:
         console.print(_times_table(told))
-    console.print("\n".join(_verdict(told)))
+    if told["splits"]:
+        console.print(_splits_table(told["splits"], bool(told["ranks"][0]["bandwidth"])))
+    console.print("\n".join(_verdict(told)), soft_wrap=True)  # there is a command among it
 
 
 def _times_table(told: dict[str, Any]) -> Table:
@@ -199,13 +193,48 @@ def _times_table(told: dict[str, Any]) -> Table:
     return table("ms per token: unpatched → plugin", columns, rows)
 
 
+def _splits_table(ways: Sequence[dict[str, Any]], has_bandwidths: bool) -> Table:
+    rows = [
+        [
+            ",".join(map(str, way["machines"])),
+            ",".join(map(str, way["layers"])),
+            ", ".join(f"{size / 1e9:,.1f}" for size in way["memory_bytes"]),
+            "yes" if way["fits"] else "no",
+            *([_ms(way["ms"])] if has_bandwidths else []),
+        ]
+        for way in ways
+    ]
+    columns = ["machines", "layers", "GB", "fits", *(["ms per token"] if has_bandwidths else [])]
+    return table("rank 0 first, with the plugin; the last row is the best", columns, rows)
+
+
+def _splits_verdict(told: dict[str, Any]) -> Iterator[str]:
+    given, best = told["splits"][0], told["splits"][-1]
+    if not told["takes_split"]:
+        yield f"This mlx-lm splits {told['family']} evenly only."
+    if not best["fits"]:
+        yield "No split fits into the memory of these machines."
+        return
+    if best is given:
+        yield "No other split is better, nor another order of the machines."
+    else:
+        order, layers = (",".join(map(str, best[name])) for name in ("machines", "layers"))
+        split = f" --split {layers}" if told["takes_split"] else ""
+        yield f"The best, with the machines {order} in that order in hosts.json:"
+        run = f"python -m mlx_lm_skiphead run{split} mlx_lm.server --pipeline --model ..."
+        yield f"mlx.launch --hostfile hosts.json -- {run}"
+    limits = " and of ".join(map(str, told["limits"]))
+    limit = f"Its limit is the memory of machine {limits}" if limits else "No memory limits it"
+    yield f"{limit}; machines are counted from 0."
+
+
 def _verdict(told: dict[str, Any]) -> Iterator[str]:
     for rank in told["ranks"]:
         if not rank["fits"]["unpatched"]:
             way = "with the plugin only" if rank["fits"]["plugin"] else "neither way"
             yield f"Rank {rank['rank']}'s part fits {way}."
-    if best := told["rank_0_should_be"]:
-        yield f"Make the machine of rank {best} rank 0, which alone runs the head."
+    if told["splits"]:
+        yield from _splits_verdict(told)
     if not told["tokens"]:
         yield "The time that this saves depends on the machines: see --bandwidth and --link."
         yield "Equal machines on fast links save memory, but no time."

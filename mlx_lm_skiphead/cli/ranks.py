@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import VARIABLE
+from ..config import SPLIT, VARIABLE
 
 Event = dict[str, Any]
 
@@ -189,6 +189,8 @@ def main() -> None:
     task = json.loads(base64.b64decode(sys.argv[1]))
     if starter := task.get("ends_with"):
         threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
+    if task["split"]:  # which installing reads
+        os.environ[SPLIT] = ",".join(map(str, task["split"]))
     if task["gpus"] is not None:  # which CUDA reads when it starts, so before MLX is imported
         os.environ["CUDA_VISIBLE_DEVICES"] = str(task["gpus"][launched_rank() or 0])
     import mlx.core as mx

@@ -22,8 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..config import VARIABLE, requested_mode
-from .shared import Unusable, new_command
+from ..config import SPLIT, VARIABLE, requested_mode
+from .shared import Unusable, at_least, listed, new_command
 
 CHILDREN = str(Path(__file__).with_name("children"))
 """The folder of the ``sitecustomize`` of child processes."""
@@ -34,6 +34,8 @@ def add_command(commands: Any) -> None:
     summary = "run a module or a script with the plugin on"
     option = new_command(commands, run, __doc__, summary).add_argument
     option("-m", dest="is_module", action="store_true", help="PROGRAM is a module, as for python")
+    sizes = listed(at_least(1))
+    option("--split", type=sizes, metavar="A,...", help=f"sets {SPLIT}: layers of rank 0, 1, ...")
     option("program", metavar="PROGRAM", help="a module's name or a script's path")
     option("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
 
@@ -47,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         Unusable: if there is no such module or script.
     """
+    if arguments.split:
+        os.environ[SPLIT] = ",".join(map(str, arguments.split))
     if VARIABLE in os.environ and requested_mode() == "off":
         print(f"{VARIABLE} is set to off, so mlx-lm-skiphead stays off", file=sys.stderr)
     else:

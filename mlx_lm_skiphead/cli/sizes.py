@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from inspect import signature
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..weights.on_disk import size_of, unused
+from ..weights.splitting import group_of
 from . import downloads
 from .models import Split, split
 from .ranks import role
@@ -95,22 +99,53 @@ def plan(
                 (stage.start_idx, min(stage.end_idx, len(stage.layers))),
                 {"unpatched": size, "plugin": size - sum(on_disk.values())},
                 on_disk,
-                {batch: _reads(part, embedding, batch) for batch in sorted({1, *batches})},
+                {batch: _reads(part, part.stage, batch) for batch in sorted({1, *batches})},
                 size_of(family.head_of(owner)),
-                max(batches) * _cache(part, context) if context else 0,
+                max(batches) * sum(_caches(part, context)),
                 files,
             )
         )
     return Plan(family.name, row, planned)
 
 
-def _reads(part: Split, embedding: Any, batch: int) -> int:
-    """Bytes that a step reads of the layers of a rank."""
+class Layers(NamedTuple):
+    """Each layer of a model, and which of them mlx-lm lets a rank have."""
+
+    memory_bytes: list[int]
+    """Weights, and the prompt caches of the largest batch."""
+    reads_bytes: list[int]
+    """Weights that a step of the first batch size reads."""
+    stages: set[tuple[int, int]]
+    """The parts that a rank may have: the first layer, and the one after the last. Empty if this
+    mlx-lm splits models of the family evenly only."""
+
+
+def layers(folder: Path, batches: Sequence[int] = (1,), context: int = 0) -> Layers:
+    """What the layers of the model in `folder` take; the arguments are those of `plan`."""
+    part = split(folder, 0, 1)
+    every, stages = list(part.stage.layers), set()
+    places = combinations(range(len(every) + 1), 2)
+    for first, end in places if "split" in signature(part.stage.pipeline).parameters else ():
+        sizes = [size for size in (len(every) - end, end - first, first) if size]
+        with suppress(ValueError):  # of layers that cannot be a part
+            part.stage.pipeline(group_of(int(end < len(every)), len(sizes)), sizes)
+            stages.add((first, end))
+        part.stage.layers = list(every)
+    part.stage.pipeline(group_of(0, 1))
+    reads = [_reads(part, layer, batches[0]) for layer in every]
+    caches = [max(batches) * cache for cache in _caches(part, context)] or [0] * len(every)
+    weights = map(size_of, every)
+    return Layers([sum(each) for each in zip(weights, caches, strict=True)], reads, stages)
+
+
+def _reads(part: Split, top: Any, batch: int) -> int:
+    """Bytes that a step reads of the modules in `top`."""
     config, total = part.config, 0.0
     places = config, config.get("text_config", {}), config.get("language_config", {})
     keys = "num_experts_per_tok", "num_experts_per_token"
     used = next((place[key] for place in places for key in keys if place.get(key)), None)
-    for module in part.stage.modules():
+    embedding = getattr(part.stage, part.family.embedding)
+    for module in top.modules():
         if module is embedding:
             continue  # one row of it, on one rank
         size = sum(a.nbytes for a in module.values() if isinstance(a, mx.array))
@@ -121,29 +156,34 @@ def _reads(part: Split, embedding: Any, batch: int) -> int:
     return round(total)
 
 
-def _cache(part: Split, tokens: int) -> int:
-    """Bytes of the prompt cache of a rank, from those of one block of tokens and of two.
+def _caches(part: Split, tokens: int) -> list[int]:
+    """Bytes of the prompt cache of each layer of a rank, from those of one block of tokens and of
+    two; empty for no tokens.
 
     A cache grows by the token or by its `step`, or stays as it is, or has the last `max_size`
     tokens only. Not counted: the copies of another rank's groups that deepseek_v41 keeps.
     """
     part.stage.pipeline_rank, part.stage.pipeline_size = 0, 1  # its own layers, nothing sent
-    total = 0.0
-    for one, two in zip(_caches(part, BLOCK), _caches(part, 2 * BLOCK), strict=True):
-        growth = (two.nbytes - one.nbytes) / BLOCK
-        if window := getattr(one, "max_size", None):
-            total += growth * min(tokens, window)
-        else:
-            step = getattr(one, "step", 1)
-            total += one.nbytes + growth * (math.ceil(tokens / step) * step - BLOCK)
-    return round(total)
+    sizes = []
+    blocks = (_cache(part, BLOCK), _cache(part, 2 * BLOCK)) if tokens else ((), ())
+    for layer in zip(*blocks, strict=True):
+        total = 0.0
+        for one, two in zip(*(getattr(cache, "caches", (cache,)) for cache in layer), strict=True):
+            growth = (two.nbytes - one.nbytes) / BLOCK
+            if window := getattr(one, "max_size", None):
+                total += growth * min(tokens, window)
+            else:
+                step = getattr(one, "step", 1)
+                total += one.nbytes + growth * (math.ceil(tokens / step) * step - BLOCK)
+        sizes.append(round(total))
+    return sizes
 
 
-def _caches(part: Split, tokens: int) -> list[Any]:
-    """All caches of a prompt, which is never computed."""
+def _cache(part: Split, tokens: int) -> list[Any]:
+    """The cache of a prompt, by layer. It is never computed."""
     cache: Any = make_prompt_cache(part.model)
     try:
         part.owner(mx.zeros((1, tokens), mx.int32), cache=cache)
     except RuntimeError as error:  # a kernel of the family's that is for another backend
         raise Unusable(f"--context: {part.family.name} does not run here: {error}") from error
-    return [one for layer in cache for one in getattr(layer, "caches", (layer,))]
+    return list(cache)

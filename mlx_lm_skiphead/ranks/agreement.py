@@ -50,7 +50,8 @@ FOR_ALL = (
 
 topics: list[tuple[Callable[[], dict[str, str]], Callable[[list[dict[str, str]]], None]]] = []
 """Other modules' topics of the exchange where a model loads, in pairs of functions: one gives this
-rank's facts by name, the other is given the facts of all ranks."""
+rank's facts by name, the other is given the facts of all ranks. An error of the second one is
+raised on all ranks alike."""
 
 
 def on_all_sum(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -109,6 +110,8 @@ def _compare(total: mx.array, repo: str, failure: str = "") -> None:
             more = {k: v for tell, _ in topics for k, v in tell().items()} if not failure else {}
             by_rank = exchanged(settings | more | {"failure": failure})
             _check_settings([{name: said[name] for name in settings} for said in by_rank])
+            for _, hear in topics if not any(said["failure"] for said in by_rank) else ():
+                hear(by_rank)
     except SkipheadError as error:
         log.critical("%s", error)
         raise
@@ -119,8 +122,6 @@ def _compare(total: mx.array, repo: str, failure: str = "") -> None:
         if not failure:
             log.error("%s", text)
         raise SkipheadError(text)
-    for _, hear in topics:
-        hear(by_rank)
 
 
 def _check_sum(total: Any, here: str, ranks: int) -> None:
@@ -151,6 +152,7 @@ def _settings() -> dict[str, str]:
     left = sorted(name for name, state in states.items() if state in ("refused", "replaced"))
     return {
         config.VARIABLE: config.active,
+        config.SPLIT: ",".join(map(str, config.split or [])) or "not set",
         "mlx-lm-skiphead": __version__,
         "mlx-lm": metadata.version("mlx-lm"),
         "families known": f"{zlib.crc32(repr(FAMILIES).encode()):08x}",

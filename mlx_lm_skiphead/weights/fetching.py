@@ -156,6 +156,8 @@ class _Loading(threading.local):
     """Whether the files of weights have been fetched; a model without any is made before."""
     model: Any = None
     """The model, as on_disk.py notes it."""
+    is_split = False
+    """Whether splitting.py has split it."""
 
 
 loading = _Loading()
@@ -188,7 +190,7 @@ def on_sharded_load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     Where it fails, the other ranks are told.
     """
     given = {**dict(zip(("repo", "pipeline_group"), args, strict=False)), **kwargs}
-    vars(loading).update(is_open=True, repo=str(given.get("repo", "")))
+    vars(loading).update(is_open=True, repo=str(given.get("repo", "")), is_split=False)
     try:
         return wrapped(*args, **kwargs)
     except Exception as error:

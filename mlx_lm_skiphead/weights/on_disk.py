@@ -54,6 +54,8 @@ class ModelStatus(NamedTuple):
     family: str
     rank: int
     ranks: int
+    layers: tuple[int, int]
+    """The first one of this rank, and the one after the last."""
     on_disk: dict[str, int]
     """Bytes of weights that have not been read, by name of the module that they belong to."""
     not_here: tuple[str, ...] = ()
@@ -63,7 +65,8 @@ class ModelStatus(NamedTuple):
         parts = [f"{name} {size / 1e6:.1f} MB" for name, size in self.on_disk.items()]
         left = " and ".join(parts) or "nothing"
         absent = "".join(f"; {missing}" for missing in self.not_here)
-        return f"{self.family}, rank {self.rank} of {self.ranks}: {left} left on disk{absent}"
+        part = f"rank {self.rank} of {self.ranks}, layers {self.layers[0]}-{self.layers[1] - 1}"
+        return f"{self.family}, {part}: {left} left on disk{absent}"
 
 
 class Pipelined(NamedTuple):
@@ -73,6 +76,7 @@ class Pipelined(NamedTuple):
     family: Family
     rank: int
     ranks: int
+    layers: tuple[int, int]
     unused: dict[str, weakref.ref[Any]]
     """By name, the modules with weights that this rank does not use in mlx-lm's loops."""
     lacks: dict[int, str]
@@ -90,7 +94,8 @@ class Pipelined(NamedTuple):
     def status(self) -> ModelStatus:
         sizes = {name: sum(a.nbytes for a in w.values()) for name, w in self.on_disk().items()}
         missing = tuple(module.missing for module in self.absent())
-        return ModelStatus(self.family.name, self.rank, self.ranks, sizes, missing)
+        place = self.rank, self.ranks, self.layers
+        return ModelStatus(self.family.name, *place, sizes, missing)
 
     def absent(self) -> list[Absent]:
         """What stands for modules that are not on this machine."""
@@ -102,6 +107,11 @@ _pipelined: list[Pipelined] = []
 """Changed under `lock`."""
 _owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """By the id of a pipelined model, the head owner that it is a part of."""
+
+
+def owner_of(stage: Any) -> Any:
+    """The head owner that a pipelined model is a part of; None if it is of no family."""
+    return _owners.get(id(stage))
 
 
 def models() -> list[Pipelined]:
@@ -142,7 +152,7 @@ def on_init(family: Family) -> Wrapper:
 def on_pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
     """The wrapper of ``pipeline(group)``: upstream's, then what this rank never uses is noted."""
     result = wrapped(*args, **kwargs)
-    owner = _owners.get(id(stage))
+    owner = owner_of(stage)
     if owner is None or stage.pipeline_size == 1:
         return result
     family = BY_NAME[vars(owner)["_skiphead_family"]]
@@ -156,8 +166,8 @@ def on_pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
             setattr(parent, name, absent)
             names += [name] if name == NORM else []
     references = {n: weakref.ref(attrgetter(n)(family.parent_of(owner, n))) for n in names}
-    split = (family, stage.pipeline_rank, stage.pipeline_size)
-    new = Pipelined(weakref.ref(owner), *split, references, {})
+    split = (stage.pipeline_rank, stage.pipeline_size, (stage.start_idx, stage.end_idx))
+    new = Pipelined(weakref.ref(owner), family, *split, references, {})
     with lock:
         _pipelined[:] = [*(p for p in models() if p.owner() is not owner), new]
     if loading.is_open:
@@ -175,7 +185,7 @@ def read(stage: Any, with_head: bool) -> None:
     Raises:
         SkipheadError: if any rank lacks it; on all ranks, so that none waits for another.
     """
-    owner = _owners.get(id(stage))
+    owner = owner_of(stage)
     for model in models():
         if model.owner() is not owner:
             continue

@@ -1,8 +1,8 @@
 """``python tests/tools/bench.py MODEL -n 2 ...``: the command `bench`, with instruments of ours.
 
 It takes all options of `mlx-lm-skiphead bench`, and these: links that are slow (`simulated_links`),
-workers that run a head several times as slower machines would, cores of each rank, a picture
-(`plot`), unpatched against itself, and `plan`'s formula beside what was measured.
+workers that run a head or layers several times as slower machines would, cores of each rank, a
+picture (`plot`), unpatched against itself, and `plan`'s formula beside what was measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def main() -> int:
     option("--link-delay", type=float, default=0, metavar="MS", help="added to each message")
     option("--link-rate", type=float, default=0, metavar="MBIT", help="Mbit/s that each rank sends")
     option("--head-passes", type=int, default=1, metavar="K", help="workers run a head K times")
+    option("--layer-passes", type=int, default=1, metavar="K", help="and their layers")
     option("--cores", type=_by_rank, metavar="C;C;...", help="of each rank, as in '0,1;2,3'")
     option("--control", action="store_true", help="unpatched a second time in place of the plugin")
     option("--plan", action="store_true", help="measure links and each rank alone, and predict")
@@ -74,7 +75,7 @@ def launcher(
     arguments: argparse.Namespace, task: dict[str, Any], count: int, *where: Any
 ) -> list[str]:
     """In the place of `ranks.launcher`: the same ranks, with our instruments."""
-    names = ("cores", "head_passes", "control", "plan")
+    names = ("cores", "head_passes", "layer_passes", "control", "plan")
     task = {**task, **{name: getattr(arguments, name) for name in names}}
     ranks.rank_command = _rank_command
     if not (arguments.link_delay or arguments.link_rate):
@@ -129,8 +130,11 @@ def run_rank() -> None:
 
     class Instrumented(measure.Measurement):
         def run(self) -> dict[str, Any]:
-            slower = number > 0 and task["head_passes"] > 1
-            with _slower_heads(self.model, task["head_passes"]) if slower else nullcontext():
+            with ExitStack() as slower:
+                if number > 0 and task["head_passes"] > 1:
+                    slower.enter_context(_slower_heads(self.model, task["head_passes"]))
+                if number > 0 and task["layer_passes"] > 1:
+                    slower.enter_context(_slower_layers(self.split.stage, task["layer_passes"]))
                 result = super().run()
                 return {**result, **measure_alone(self)} if task["plan"] else result
 
@@ -177,6 +181,33 @@ def _slower_heads(model: Any, passes: int) -> Any:
         return logits
 
     return around_head(model, repeated)
+
+
+@contextmanager
+def _slower_layers(stage: Any, passes: int) -> Iterator[None]:
+    """Inside the ``with`` block each matrix product of the layers of a rank is made `passes` times.
+
+    Not each layer, which would put its tokens into the prompt cache so many times.
+    """
+    import mlx.core as mx
+    import mlx.nn as nn
+    import wrapt
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    slowed = {id(m) for layer in stage.pipeline_layers for m in layer.modules()}
+
+    def called(wrapped: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        out = wrapped(*args, **kwargs)
+        for _ in range(passes - 1 if id(module) in slowed else 0):
+            out = mx.depends(wrapped(*args, **kwargs), out)
+        return out
+
+    with ExitStack() as undo:
+        for kind in kinds:
+            handle = wrapt.wrap_function_wrapper(kind, "__call__", called)
+            undo.callback(wrapt.unwrap_object, kind, "__call__", handle)
+        yield
 
 
 def measure_alone(measured: Any) -> dict[str, Any]:

@@ -32,11 +32,13 @@ class Shape(NamedTuple):
 
 MODELS = {
     "1024x64-float32": (Shape(1024, 64, 128, 8, 2, 4), mx.float32, 0),
+    "2048x768-float32": (Shape(2048, 768, 3072, 12, 4, 10), mx.float32, 0),
     "65536x512-float32": (Shape(65536, 512, 1024, 8, 2, 8), mx.float32, 0),
     "129280x7168-bfloat16": (Shape(129280, 7168, 2048, 56, 8, 4), mx.bfloat16, 0),
     "262144x3840-4bit": (Shape(262144, 3840, 4096, 30, 6, 8), mx.bfloat16, 4),
 }
-"""Shape, type, and to how many bits it is quantized (0: not). The first two are for a CPU."""
+"""Shape, type, and to how many bits it is quantized (0: not). Those of float32 are for a
+CPU, and the second one has more layers than head."""
 
 
 def write(name: str, folder: Path) -> None:
