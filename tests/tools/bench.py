@@ -187,20 +187,32 @@ def _slower_heads(model: Any, passes: int) -> Any:
 def _slower_layers(stage: Any, passes: int) -> Iterator[None]:
     """Inside the ``with`` block each matrix product of the layers of a rank is made `passes` times.
 
-    Not each layer, which would put its tokens into the prompt cache so many times.
+    Not each layer, which would put its tokens into the prompt cache so many times. Each time with
+    another copy of the weights, since those that were just read are still in the CPU's cache.
     """
+    import copy
+
     import mlx.core as mx
     import mlx.nn as nn
     import wrapt
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
-    slowed = {id(m) for layer in stage.pipeline_layers for m in layer.modules()}
+    modules = [m for layer in stage.pipeline_layers for m in layer.modules()]
+    copies = {
+        id(module): [copy.deepcopy(module) for _ in range(passes - 1)]
+        for module in modules
+        if isinstance(module, kinds)
+    }
+    for others in copies.values():
+        for other in others:
+            other.update({name: array + 0 for name, array in other.parameters().items()})
+            mx.eval(other.parameters())
 
     def called(wrapped: Any, module: Any, args: Any, kwargs: Any) -> Any:
         out = wrapped(*args, **kwargs)
-        for _ in range(passes - 1 if id(module) in slowed else 0):
-            out = mx.depends(wrapped(*args, **kwargs), out)
+        for other in copies.get(id(module), ()):
+            out = mx.depends(wrapped.__func__(other, *args, **kwargs), out)
         return out
 
     with ExitStack() as undo:
