@@ -440,6 +440,13 @@ def own_loop():
     told["not computed"] = bool(mx.isnan(logits).all().item())
     # Another batch than the model's, and no id: any choice of rank 0's.
     told["choice"] = mlx_lm_skiphead.share_tokens(mx.array([10**6 + rank])).tolist()
+    # A call that fills the cache, and is not shared; then one with a head on every rank.
+    cache = make_prompt_cache(pipeline.model)
+    with mlx_lm_skiphead.rank_zero_head():
+        pipeline.model(prompts[:, :2], cache=cache)
+    mx.eval([c.state for c in cache])
+    logits = pipeline.model(prompts[:, 2:], cache=cache)
+    told["mixed"] = mlx_lm_skiphead.share_tokens(mx.argmax(logits[:, -1], axis=-1)).tolist()
     # Nothing was called before these.
     told["shared"] = mlx_lm_skiphead.share_tokens(mx.array([[10 + rank], [20]])).tolist()
     for number in (-5 + rank, 2**40 + rank, -(2**40) + rank):

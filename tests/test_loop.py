@@ -143,6 +143,7 @@ def test_a_loop_of_the_users_own(told, right):
         assert answer["first"] == expected["first"]
         assert answer["type"] == expected["type"]
         assert answer["not computed"] == (rank != 0)
+        assert answer["mixed"] == expected["first"]
         assert answer["shared"] == [[10], [20]]
         assert answer["inside"] == [1, 2] and answer["choice"] == [10**6]
         wide = [[number, [], "mlx.core.int64"] for number in (-5, 2**40, -(2**40))]

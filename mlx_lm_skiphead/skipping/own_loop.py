@@ -48,7 +48,7 @@ def share_tokens(tokens: mx.array) -> mx.array:
 
     Args:
         tokens: ids, integers of any shape, which must be the same on all ranks. Only rank 0's ids
-            count; those of the other ranks are not even computed.
+            count. They are computed on every rank: other ranks may take part in that.
 
     Returns:
         Rank 0's ids, in the shape and type of `tokens`, on every rank.
@@ -66,6 +66,7 @@ def share_tokens(tokens: mx.array) -> mx.array:
         return halves.view(tokens.dtype).reshape(tokens.shape)
     run = _own_run()
     run.step.hidden = run.step.hidden or [tokens]
+    run.step.is_programs = True
     shared = run.share(tokens, tokens.shape)
     run.shares.clear()
     mx.async_eval(shared)  # type: ignore[no-untyped-call]

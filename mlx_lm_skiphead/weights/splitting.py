@@ -7,7 +7,8 @@ unless the program gives one.
 Prompt caches: mlx-lm's server and its speculation ask whether a prompt cache can be trimmed, and
 each rank looks at its own layers only. In a model with layers of several kinds one rank may have
 only layers whose caches can be trimmed, and another rank others: then they would go on from
-different tokens of a prompt. So here all layers decide on every rank, as in one process.
+different tokens of a prompt. So with a split of the variable all layers decide on every rank, as in
+one process.
 """
 
 from __future__ import annotations
@@ -88,8 +89,12 @@ def _trimmable_until(owner: Any) -> float:
 
 
 def on_is_trimmable(wrapped: Any, cache: Any, args: Any, kwargs: Any) -> bool:
-    """The wrapper of ``is_trimmable()`` of prompt caches, by all layers of all pipelined models."""
-    until = min((vars(s)[_UNTIL] for s in list(_stages.values())), default=math.inf)
+    """The wrapper of ``is_trimmable()`` of prompt caches, by all layers of all pipelined models.
+
+    A prompt cache does not know its model. Without a split of the variable it is upstream's.
+    """
+    stages = list(_stages.values()) if config.split else []
+    until = min((vars(stage)[_UNTIL] for stage in stages), default=math.inf)
     return bool(wrapped(*args, **kwargs)) and cache.offset < until
 
 
