@@ -1,4 +1,4 @@
-"""``mlx-lm-skiphead doctor``: whether the plugin works here, with this mlx-lm, model and ranks.
+"""``mlx-lm-skiphead doctor``: checks that the plugin works here, with these versions and ranks.
 
 It looks at versions, each patch by family, loop or part, patches of other packages, and a model of
 yours. Under mlx.launch or mpirun it also compares all ranks, and with --links measures their links.
@@ -35,7 +35,8 @@ from ..families import BY_NAME
 from .models import locate
 from .ranks import launched_rank
 from .run import in_the_way
-from .shared import Unusable, new_command, one_line, table
+from .shared import Unusable, new_command, one_line
+from .tables import commas, show, table
 
 Report = dict[str, Any]
 
@@ -59,8 +60,7 @@ NO_MPI = (
 
 def add_command(commands: Any) -> None:
     """Add ``doctor`` to the parser's subcommands."""
-    summary = "check versions, families, loops, a model, patches of others, and all ranks"
-    option = new_command(commands, run, __doc__, summary).add_argument
+    option = new_command(commands, run, __doc__).add_argument
     option("--model", metavar="PATH_OR_REPO", help="a folder, or a hub repository in the cache")
     first = "to see what it patches; may be repeated"
     option("--import", dest="modules", action="append", default=[], metavar="MODULE", help=first)
@@ -83,14 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger("mlx_lm_skiphead").addFilter(lambda record: record.module == "watch")
     with redirect_stdout(sys.stderr):
         report = diagnose(arguments.model, arguments.modules, arguments.links)
-    code: int = report["exit_code"]
     if launched_rank():
         return 0
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-    else:
-        _print(Console(markup=False, highlight=False), report)
-    return code
+    show(arguments.json, report, _print)
+    return int(report["exit_code"])
 
 
 def diagnose(model: str | None, modules: list[str], measures_links: bool) -> Report:
@@ -128,8 +124,7 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> Rep
         setting = f"{config.VARIABLE} is not set" if value is None else f"{config.VARIABLE}={value}"
         notes.append(f"{setting}: the plugin is {mode}.")
         if split := config.layers_by_rank():
-            layers = ",".join(map(str, split))
-            notes.append(f"{config.SPLIT}={layers}: layers of each rank, rank 0 first.")
+            notes.append(f"{config.SPLIT}={commas(split)}: layers of each rank, rank 0 first.")
     except ValueError as error:
         problems.append(str(error))
     # With the plugin off and no model, nothing has been asked for that could fail.
@@ -341,10 +336,9 @@ def _facts(report: Report, measures_links: bool) -> dict[str, str]:
 
 
 def _print(console: Console, report: Report) -> None:
-    tables = {"versions": ("versions", "", "needed", ""), "targets": ("patches", "state", "why")}
-    for key, columns in tables.items():
-        rows = [[name, *found.values()] for name, found in report[key].items()]
-        console.print(table("", columns, rows, is_text=True))
+    for key, heading in (("versions", "versions"), ("targets", "patches")):
+        rows = [{heading: name, **found} for name, found in report[key].items()]
+        console.print(table("", rows, is_text=True))
     if not report["problems"] and not report["warnings"]:
         report["notes"].append("No problem was found.")
     for name, style in (("notes", ""), ("warnings", "yellow"), ("problems", "red")):

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..config import SPLIT, VARIABLE, requested_mode
 from .shared import Unusable, at_least, listed, new_command
+from .tables import commas
 
 CHILDREN = str(Path(__file__).with_name("children"))
 """The folder of the ``sitecustomize`` of child processes."""
@@ -31,8 +32,7 @@ CHILDREN = str(Path(__file__).with_name("children"))
 
 def add_command(commands: Any) -> None:
     """Add ``run`` to the parser's subcommands."""
-    summary = "run a module or a script with the plugin on"
-    option = new_command(commands, run, __doc__, summary).add_argument
+    option = new_command(commands, run, __doc__).add_argument
     option("-m", dest="is_module", action="store_true", help="PROGRAM is a module, as for python")
     sizes = listed(at_least(1))
     option("--split", type=sizes, metavar="A,...", help=f"sets {SPLIT}: layers of rank 0, 1, ...")
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         Unusable: if there is no such module or script.
     """
     if arguments.split:
-        os.environ[SPLIT] = ",".join(map(str, arguments.split))
+        os.environ[SPLIT] = commas(arguments.split)
     if VARIABLE in os.environ and requested_mode() == "off":
         print(f"{VARIABLE} is set to off, so mlx-lm-skiphead stays off", file=sys.stderr)
     else:

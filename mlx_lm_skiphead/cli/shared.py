@@ -1,12 +1,10 @@
-"""What commands share: types of arguments, the error for what cannot be used, and tables."""
+"""What commands share: types of arguments, and the error for what cannot be used."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
-
-from rich.table import Table
 
 T = TypeVar("T")
 
@@ -16,17 +14,18 @@ class Unusable(ValueError):
 
 
 def new_command(
-    commands: Any, run: Callable[[argparse.Namespace], int], document: str, summary: str
+    commands: Any, run: Callable[[argparse.Namespace], int], document: str
 ) -> argparse.ArgumentParser:
     """A new subcommand, named by the last part of the module of its `run`.
 
     Args:
         commands: the subcommands of a parser.
         run: runs it, and returns the exit code.
-        document: of the module. Its last paragraph is an example.
-        summary: a line for the list of commands.
+        document: of the module. After the colon of its first line is the summary for the list of
+            commands, and its last paragraph is an example.
     """
     description, _, example = document.replace("`", "").strip().rpartition("\n\n")
+    summary = description.partition(".\n\n")[0].partition(": ")[2]
     parser: argparse.ArgumentParser = commands.add_parser(
         run.__module__.rpartition(".")[2], help=summary, description=description, epilog=example
     )
@@ -65,20 +64,3 @@ def listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
 def one_line(error: BaseException) -> str:
     """The type and the message of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], is_text: bool = False
-) -> Table:
-    """A table of `rows`. Columns are aligned to the right, or to the left if they have text."""
-    made = Table(title=title)
-    for column in columns:
-        made.add_column(column, justify="left" if is_text or column == "role" else "right")
-    for row in rows:
-        made.add_row(*row)
-    return made
-
-
-def both(by_way: Mapping[str, float], digits: int = 1, unit: float = 1.0) -> str:
-    """The value without the plugin and the one with it: ``"254.9 → 141.6"``."""
-    return " → ".join(f"{by_way[way] / unit:,.{digits}f}" for way in ("unpatched", "plugin"))

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from .sizes import Layers, Plan
+from .sizes import Layers, Plan, Size, Stage
 
 TIE, EVEN = 1e-5, 1e-10
 """In ms: a difference that is none; and what counts for the square of the number of a rank's
@@ -35,17 +35,6 @@ class Machine(NamedTuple):
     def holds(self, size: float) -> bool:
         """Whether so many bytes fit into its memory."""
         return size <= 1e9 * (self.memory or math.inf)
-
-
-Stage = tuple[int, int]
-"""The layers of a rank: the first one, and the one after the last."""
-
-
-class Size(NamedTuple):
-    """Of a part of a model, bytes in memory, and bytes that a step reads."""
-
-    memory: int
-    reads: int
 
 
 class Way(NamedTuple):
@@ -137,15 +126,14 @@ def search(planned: Plan, layers: Layers, machines: Sequence[Machine], batch: in
         machines: as many as ranks, in any order.
         batch: the batch size whose time counts, the first one.
     """
-    sizes = [Size(*each) for each in zip(layers.memory_bytes, layers.reads_bytes, strict=True)]
     besides = []
     for rank in planned.ranks:
-        own = Size(*map(sum, zip(*sizes[slice(*rank.layers)], strict=True)))
+        own = Size(*map(sum, zip(*layers.sizes[slice(*rank.layers)], strict=True)))
         memory = rank.memory_bytes["plugin"] + rank.cache_bytes
         reads = rank.reads_bytes[batch] + (0 if rank.rank else rank.head_bytes)
         besides.append(Size(memory - own.memory, reads - own.reads))
     stages = [layers.stages or {rank.layers} for rank in planned.ranks]
-    return Search(machines, sizes, besides, stages)
+    return Search(machines, layers.sizes, besides, stages)
 
 
 def compare(look: Search, given: Sequence[Stage]) -> tuple[list[Way], list[int]]:
