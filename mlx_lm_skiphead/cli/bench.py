@@ -10,6 +10,7 @@ Example: mlx-lm-skiphead bench ./my-model -n 2 --batch 1,8 --prompt 32,512
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -25,13 +26,12 @@ from rich.console import Console
 
 from ..config import layers_by_rank
 from .ranks import WAYS, RankFailed, launcher, role, running
-from .shared import Unusable, at_least, listed, new_command
+from .shared import Unusable, at_least, listed
 from .tables import both, commas, digits, show, table
 
 
-def add_command(commands: Any) -> None:
-    """Add ``bench`` to the parser's subcommands."""
-    parser = new_command(commands, run, __doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``bench``."""
     option, size, sizes = parser.add_argument, at_least(1), listed(at_least(1))
     option("model", metavar="MODEL", help="a folder, or a hub repository in the cache")
     where = parser.add_mutually_exclusive_group(required=True)
@@ -123,18 +123,17 @@ def _count_hosts(hostfile: Path) -> int:
 
 def _listen(command: list[str], results: list[Any], measured: list[dict[str, Any]]) -> None:
     """Start ranks, and show what they do until all have ended; fill in results, by rank."""
-    step, console = "", Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     with running(len(results), command) as events, console.status("starting ranks") as line:
         for rank, event in events:
             if "result" in event:
                 results[rank] = event["result"]
             elif "measured" in event:
                 measured.append({**event["measured"], "rank": rank})
-            elif rank == 0 and event["step"] != step:
-                step = event["step"]
-                line.update(step)
+            elif rank == 0:
+                line.update(event["step"])
                 if not console.is_terminal:
-                    console.print(step, highlight=False)
+                    console.print(event["step"])
 
 
 def of_case(batch: int, prompt: int, measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -187,24 +186,20 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, flo
     it is their range.
     """
     count, ordered = len(values), sorted(values)
-
-    def reached(left_out: int) -> float:
-        """The confidence without so many values at each end."""
-        below = sum(math.comb(count, k) for k in range(left_out + 1))
-        return max(0.0, 1 - 2 * below / float(2**count))
-
-    enough = (k for k in range((count + 1) // 2) if reached(k) >= confidence)
-    left_out = max(enough, default=0)
+    # By how many values are left out at each end: the orders in which the median is beyond one of
+    # them, and the confidence in what remains.
+    beyond = itertools.accumulate(math.comb(count, k) for k in range(count // 2 + 1))
+    reached = [max(0.0, 1 - 2 * orders / 2**count) for orders in beyond]
+    left_out = max((k for k, each in enumerate(reached) if each >= confidence), default=0)
     low, high = ordered[left_out], ordered[-1 - left_out]
-    return {"low": low, "high": high, "confidence": reached(left_out)}
+    return {"low": low, "high": high, "confidence": reached[left_out]}
 
 
 def report(console: Console, told: dict[str, Any]) -> None:
     """Print what `measure` returns."""
     split = f" with {commas(told['split'])} layers" if told["split"] else ""
-    console.print(
-        f"{told['model']}: {told['family']}, {told['ranks']} ranks{split}, both ways in turn"
-    )
+    ranks = f"{told['ranks']} ranks{split}, both ways in turn"
+    console.print(f"{told['model']}: {told['family']}, {ranks}")
     cases = [case for case in told["cases"] if case["ratio"]]  # of which a round has ended
     if cases:
         _report_times(console, cases)
@@ -215,11 +210,10 @@ def report(console: Console, told: dict[str, Any]) -> None:
     elif not cases:
         console.print("Nothing was measured.")
         return
-    if told["tokens_agree"]:
-        console.print("Tokens agree: on all ranks, both ways, in every round.", style="green")
-    else:
-        line = "Tokens differ between ranks or ways. Please report this."
-        console.print(line, style="red bold")
+    agree = "Tokens agree: on all ranks, both ways, in every round."
+    differ = "Tokens differ between ranks or ways. Please report this."
+    line, style = (agree, "green") if told["tokens_agree"] else (differ, "red bold")
+    console.print(line, style=style)
 
 
 def _report_times(console: Console, cases: list[dict[str, Any]]) -> None:

@@ -19,12 +19,11 @@ from typing import Any
 from rich.console import Console
 
 from . import bench
-from .shared import at_least, new_command
+from .shared import at_least
 
 
-def add_command(commands: Any) -> None:
-    """Add ``demo`` to the parser's subcommands."""
-    parser = new_command(commands, run, __doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``demo``."""
     option, size = parser.add_argument, at_least(1)
     option("--model", metavar="PATH_OR_REPO", help="a model that mlx-lm can pipeline")
     option("-n", dest="ranks", type=at_least(2), default=2, metavar="N", help="ranks (2)")

@@ -35,7 +35,7 @@ from ..families import BY_NAME
 from .models import locate
 from .ranks import launched_rank
 from .run import in_the_way
-from .shared import Unusable, new_command, one_line
+from .shared import Unusable, one_line
 from .tables import commas, show, table
 
 Report = dict[str, Any]
@@ -52,15 +52,12 @@ CACHE_BYTES = (
     "the ranks go on with different parts of a prompt. Use --prompt-cache-size."
 )
 NO_IMPORT = "cannot be imported"
-NO_MPI = (
-    "MLX does not find MPI, and each rank is alone: set MLX_MPI_LIBNAME to its library, as in "
-    "mpirun -x MLX_MPI_LIBNAME=/path/to/libmpi.so.40 ..."
-)
+NO_MPI = "MLX does not find MPI, and each rank is alone: mpirun -x MLX_MPI_LIBNAME=.../libmpi.so.40"
 
 
-def add_command(commands: Any) -> None:
-    """Add ``doctor`` to the parser's subcommands."""
-    option = new_command(commands, run, __doc__).add_argument
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``doctor``."""
+    option = parser.add_argument
     option("--model", metavar="PATH_OR_REPO", help="a folder, or a hub repository in the cache")
     first = "to see what it patches; may be repeated"
     option("--import", dest="modules", action="append", default=[], metavar="MODULE", help=first)
@@ -149,10 +146,9 @@ def _versions() -> dict[str, dict[str, str]]:
     """``versions`` of the report; see `diagnose`."""
     own = {"mlx-lm-skiphead": __version__, "Python": platform.python_version()}
     found = {name: {"version": v, "needed": "", "state": "ok"} for name, v in own.items()}
-    for needed in map(Requirement, metadata.requires("mlx-lm-skiphead") or []):
-        name, specifier, version, state = needed.name, str(needed.specifier), "", "ok"
-        if needed.marker is not None:  # of an extra
-            continue
+    packages = map(Requirement, metadata.requires("mlx-lm-skiphead") or [])
+    for needed in (package for package in packages if package.marker is None):  # of no extra
+        name, specifier, version = needed.name, str(needed.specifier), ""
         try:
             version = metadata.version(name)
             importlib.import_module("mlx.core" if name == "mlx" else name.replace("-", "_"))
@@ -167,10 +163,9 @@ def _versions() -> dict[str, dict[str, str]]:
 
 def satisfies(version: str, needed: str) -> bool:
     """Whether a version, pre-releases included, is one of those needed."""
-    try:
+    with suppress(InvalidVersion):
         return SpecifierSet(needed).contains(version, prereleases=True)
-    except InvalidVersion:
-        return False
+    return False
 
 
 def judge_versions(mlx: str, mlx_lm: str) -> Iterator[str]:
@@ -222,7 +217,7 @@ def _look_at_targets(report: Report, modules: Sequence[str]) -> None:
         left = [name for name, t in targets.items() if t.state in ("refused", "replaced")]
         report["left_to_upstream"] = left
         report["patches"] = [{"target": t, "by": by} for t, by in dict.fromkeys(_by_others())]
-        if others := ", ".join(f"{t['target']} (by {t['by']})" for t in report["patches"]):
+        if others := ", ".join(map("{target} (by {by})".format_map, report["patches"])):
             line = "Other packages have patched the same functions"
             report["warnings"].append(f"{line}: {others}.")
     finally:
@@ -276,11 +271,9 @@ def _look_at_model(report: Report, name: str) -> None:
     except Exception as error:
         found["reason"] = f"it cannot be loaded: {one_line(error)}"
     report["model"] = {**found, "supported": not found["reason"]}
-    if found["reason"]:
-        report["problems"].append("The model {name} is not supported: {reason}.".format_map(found))
-    else:
-        line = "The model {name} is supported: {family}; head: {head}."
-        report["notes"].append(line.format_map(found))
+    yes = "The model {name} is supported: {family}; head: {head}.".format_map(found)
+    no = "The model {name} is not supported: {reason}.".format_map(found)
+    report["problems" if found["reason"] else "notes"].append(no if found["reason"] else yes)
 
 
 def _look_at_ranks(report: Report, measures_links: bool) -> None:

@@ -24,21 +24,19 @@ from rich.console import Console
 from . import downloads
 from .formula import Link, token
 from .ranks import WAYS
-from .shared import Unusable, above_0, at_least, listed, new_command
+from .shared import Unusable, above_0, at_least, listed
 from .tables import both, commas, digits, show, table
 
 
-def add_command(commands: Any) -> None:
-    """Add ``plan`` to the parser's subcommands."""
-    option = new_command(commands, run, __doc__).add_argument
-    sizes, numbers = listed(at_least(1)), listed(above_0)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``plan``."""
+    option, sizes, numbers = parser.add_argument, listed(at_least(1)), listed(above_0)
     option("model", metavar="MODEL", help="a folder, or a hub repository in the cache")
     option("-n", dest="ranks", type=at_least(2), required=True, metavar="N", help="ranks")
     option("--split", type=sizes, metavar="A,...", help="layers of each rank, rank 0 first (even)")
     option("--bandwidth", type=numbers, metavar="GB/S,...", help="memory bandwidth of each rank")
     option("--memory", type=numbers, metavar="GB,...", help="for weights and caches of each rank")
-    prompt = "tokens in each prompt cache (0)"
-    option("--context", type=at_least(0), default=0, metavar="N", help=prompt)
+    option("--context", type=at_least(0), default=0, metavar="N", help="tokens in each cache (0)")
     option("--link", type=numbers, metavar="GBIT/S[,MS]", help="rate and latency of each link")
     option("--batch", type=sizes, default=[1], metavar="B,...", help="batch sizes (1)")
     option("--fetch-headers", action="store_true", help="get the headers of MODEL from the hub")
@@ -100,7 +98,6 @@ def document(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model": arguments.model,
         "family": planned.family,
         "head_bytes": planned.ranks[0].head_bytes,
-        "hidden_bytes_per_token": planned.row,
         "ranks": ranks,
         "tokens": tokens,
         "splits": [],
@@ -181,19 +178,14 @@ def _verdict(told: dict[str, Any]) -> Iterator[str]:
     if told["splits"]:
         yield from _verdict_of_splits(told)
     if not told["tokens"]:
-        yield "The time that this saves depends on the machines: see --bandwidth and --link."
-        yield "Equal machines on fast links save memory, but no time."
+        yield "Equal machines on fast links save memory, but no time: see --bandwidth and --link."
         return
     case = max(told["tokens"], key=lambda case: abs(case["saved_ms"]))
     saved, less = digits(abs(case["saved_ms"])), "less" if case["saved_ms"] > 0 else "more"
-    if saved == digits(0):
-        yield "The plugin saves memory, but no time."
-    else:
-        yield f"With a batch of {case['batch']} expect {saved} ms {less} per token."
-    if told["ranks"][0]["bandwidth"] is None:
-        yield "This is for equal machines."
-    yield "Times are of links and of reading weights, without arithmetic. Ranks that share a GPU"
-    yield "save more. `mlx-lm-skiphead bench` measures."
+    expected = f"With a batch of {case['batch']} expect {saved} ms {less} per token"
+    line = "The plugin saves memory, but no time" if saved == digits(0) else expected
+    yield line + ("." if told["ranks"][0]["bandwidth"] else ", if machines are equal.")
+    yield "Arithmetic is not counted. Ranks on one GPU save more. `mlx-lm-skiphead bench` measures."
 
 
 def _verdict_of_splits(told: dict[str, Any]) -> Iterator[str]:

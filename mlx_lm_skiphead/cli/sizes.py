@@ -86,14 +86,12 @@ def plan(
     for rank in range(ranks):
         part = split(folder, rank, ranks, layers)
         family, owner, stage = part.family, part.owner, part.stage
-        embedding = getattr(stage, family.embedding)
         # The graph of an embedded token. That is what all families broadcast. From stage to stage
         # deepseek_v41 and kimi_k3 send more, unpatched and with the plugin.
-        row = embedding(mx.zeros((1, 1), mx.int32)).nbytes
+        row = getattr(stage, family.embedding)(mx.zeros((1, 1), mx.int32)).nbytes
         size = size_of(part.model)
-        unread = unused(family, owner, stage)
-        on_disk = {n: size_of(family.parent_of(owner, n)[n]) for n in unread}
-        files = downloads.of_rank(folder, part)  # before `_cache` takes the rank for the only one
+        on_disk = {n: size_of(family.parent_of(owner, n)[n]) for n in unused(family, owner, stage)}
+        files = downloads.of_rank(folder, part)  # before `_caches` takes the rank for the only one
         planned.append(
             Rank(
                 rank,
@@ -174,26 +172,18 @@ def _caches(part: Split, tokens: int) -> list[int]:
     tokens only. Not counted: the copies of another rank's groups that deepseek_v41 keeps.
     """
     part.stage.pipeline_rank, part.stage.pipeline_size = 0, 1  # its own layers, nothing sent
-    sizes = []
-    blocks = (_cache(part, BLOCK), _cache(part, 2 * BLOCK)) if tokens else ((), ())
-    for layer in zip(*blocks, strict=True):
-        total = 0.0
-        for one, two in zip(*(getattr(cache, "caches", (cache,)) for cache in layer), strict=True):
-            growth = (two.nbytes - one.nbytes) / BLOCK
-            if window := getattr(one, "max_size", None):
-                total += growth * min(tokens, window)
-            else:
-                step = getattr(one, "step", 1)
-                total += one.nbytes + growth * (math.ceil(tokens / step) * step - BLOCK)
-        sizes.append(round(total))
-    return sizes
-
-
-def _cache(part: Split, tokens: int) -> list[Any]:
-    """The cache of a prompt, by layer. It is never computed."""
-    cache: Any = make_prompt_cache(part.model)
+    caches: list[Any] = [make_prompt_cache(part.model) for _ in range(2 if tokens else 0)]
     try:
-        part.owner(mx.zeros((1, tokens), mx.int32), cache=cache)
+        for blocks, cache in enumerate(caches, start=1):
+            part.owner(mx.zeros((1, blocks * BLOCK), mx.int32), cache=cache)  # never computed
     except RuntimeError as error:  # a kernel of the family's that is for another backend
         raise Unusable(f"--context: {part.family.name} does not run here: {error}") from error
-    return list(cache)
+    sizes = []
+    for layer in zip(*caches, strict=True):
+        total = 0.0
+        for one, two in zip(*(getattr(cache, "caches", (cache,)) for cache in layer), strict=True):
+            window, step = getattr(one, "max_size", None), getattr(one, "step", 1)
+            kept = min(tokens, window) if window else math.ceil(tokens / step) * step
+            total += one.nbytes + (two.nbytes - one.nbytes) / BLOCK * (kept - BLOCK)
+        sizes.append(round(total))
+    return sizes

@@ -84,17 +84,18 @@ class Search(NamedTuple):
             order: by rank the number of its machine; any order if it is empty.
             unlimited: the number of a machine whose memory does not count.
         """
-        count = len(self.machines)
         # By the machines taken, as bits, and how many layers they have: ms, machines and stages.
         found: dict[tuple[int, int], tuple[float, tuple[int, ...], tuple[Stage, ...]]]
         found = {(0, 0): (0.0, (), ())}
-        for rank in reversed(range(count)):
+        for rank in reversed(range(len(self.machines))):
             parts = defaultdict(list)
             for stage in self.stages[rank]:
                 parts[stage[0]].append((stage, self.part(rank, stage)))
             reached, found = found, {}
             for (taken, done), (ms, chosen, stages) in reached.items():
-                for number in order[rank : rank + 1] or self._free(taken):
+                # Of equal machines the last one, so that they stay in order.
+                free = {m: n for n, m in enumerate(self.machines) if not taken >> n & 1}
+                for number in order[rank : rank + 1] or list(free.values()):
                     machine = self.machines[number]
                     for stage, part in parts[done]:
                         if number != unlimited and not machine.holds(part.memory):
@@ -105,11 +106,6 @@ class Search(NamedTuple):
                             found[key] = total, (number, *chosen), (stage, *stages)
         ended = [way for (_, done), way in found.items() if done == len(self.layers)]
         return self.way(*min(ended)[1:]) if ended else None
-
-    def _free(self, taken: int) -> Sequence[int]:
-        """The machines that are not taken: of equal ones the last, so that they stay in order."""
-        free = {m: number for number, m in enumerate(self.machines) if not taken >> number & 1}
-        return list(free.values())
 
     def limits(self, way: Way) -> list[int]:
         """The machines, by number, with more memory for which another split would be faster."""

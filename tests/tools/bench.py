@@ -28,6 +28,7 @@ from mlx_lm_skiphead.cli import bench, ranks
 from mlx_lm_skiphead.cli.formula import Link, token
 from mlx_lm_skiphead.cli.models import family_of
 from mlx_lm_skiphead.cli.ranks import WAYS
+from mlx_lm_skiphead.cli.shared import add_command
 from mlx_lm_skiphead.cli.tables import digits, show, table
 
 LINKS = Path(__file__).with_name("simulated_links.py")
@@ -35,7 +36,7 @@ LINKS = Path(__file__).with_name("simulated_links.py")
 
 def main() -> int:
     commands = argparse.ArgumentParser(prog="tests/tools/bench.py").add_subparsers()
-    bench.add_command(commands)
+    add_command(commands, bench)
     parser = commands.choices["bench"]
     option = parser.add_argument_group("instruments").add_argument
     option("--link-delay", type=float, default=0, metavar="MS", help="added to each message")
