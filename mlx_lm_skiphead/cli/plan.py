@@ -71,7 +71,8 @@ def document(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     `tokens` has one entry for each batch size. Without bandwidths its `stages` and `head` are 0. It
     is empty without bandwidths and links. `splits` and `limits` are what `splits.compare` returns,
-    with the links in the times; they are empty without bandwidths and memories.
+    with the links in the times, which are 0 without bandwidths; `takes_split` is whether mlx-lm
+    splits this family unevenly. Without bandwidths and memories these are empty or missing.
     """
     from .sizes import layers, plan
     from .splits import Machine, compare, search
@@ -107,7 +108,8 @@ def document(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         every = layers(folder, batches, arguments.context)
         look = search(planned, every, machines, batches[0])
         found, told["limits"] = compare(look, [rank.layers for rank in planned.ranks])
-        links = tokens[0]["plugin"]["links"] if tokens else 0.0  # the same for every split
+        # Links take as long with every split.
+        links = tokens[0]["plugin"]["links"] if arguments.bandwidth else 0.0
         told["splits"] = [{**way._asdict(), "ms": way.ms + links} for way in found]
         told["takes_split"] = bool(every.stages)
     return told
@@ -183,8 +185,8 @@ def _verdict(told: dict[str, Any]) -> Iterator[str]:
     case = max(told["tokens"], key=lambda case: abs(case["saved_ms"]))
     saved, less = digits(abs(case["saved_ms"])), "less" if case["saved_ms"] > 0 else "more"
     expected = f"With a batch of {case['batch']} expect {saved} ms {less} per token"
-    line = "The plugin saves memory, but no time" if saved == digits(0) else expected
-    yield line + ("." if told["ranks"][0]["bandwidth"] else ", if machines are equal.")
+    verdict = "The plugin saves memory, but no time" if saved == digits(0) else expected
+    yield verdict + ("." if told["ranks"][0]["bandwidth"] else ", if machines are equal.")
     yield "Arithmetic is not counted. Ranks on one GPU save more. `mlx-lm-skiphead bench` measures."
 
 

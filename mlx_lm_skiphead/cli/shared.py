@@ -48,7 +48,7 @@ def above_0(text: str) -> float:
     with suppress(ValueError):
         if 0 < (number := float(text)) < math.inf:
             return number
-    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is no finite number above 0")
 
 
 def listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
