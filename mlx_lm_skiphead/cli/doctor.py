@@ -271,9 +271,11 @@ def _look_at_model(report: Report, name: str) -> None:
     except Exception as error:
         found["reason"] = f"it cannot be loaded: {one_line(error)}"
     report["model"] = {**found, "supported": not found["reason"]}
-    yes = "The model {name} is supported: {family}; head: {head}.".format_map(found)
-    no = "The model {name} is not supported: {reason}.".format_map(found)
-    report["problems" if found["reason"] else "notes"].append(no if found["reason"] else yes)
+    if found["reason"]:
+        report["problems"].append("The model {name} is not supported: {reason}.".format_map(found))
+    else:
+        line = "The model {name} is supported: {family}; head: {head}."
+        report["notes"].append(line.format_map(found))
 
 
 def _look_at_ranks(report: Report, measures_links: bool) -> None:

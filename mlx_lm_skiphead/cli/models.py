@@ -80,9 +80,10 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
     from ..weights.splitting import group_of
 
     uninstall()  # so that this is mlx-lm's own split
-    if not (files := set(weight_map(folder).values())):
-        raise Unusable(f"there is no {folder / INDEX}: mlx-lm needs it to split a model")
-    if missing := sorted(file for file in files if not (folder / file).exists()):
+    if not (folder / INDEX).is_file():
+        raise Unusable(f"{folder / INDEX} is missing: mlx-lm needs it to split a model")
+    files = {folder / name for name in weight_map(folder).values()}
+    if missing := sorted(str(file) for file in files if not file.exists()):
         raise Unusable(f"files of the model are missing: {', '.join(missing)} ({HINT})")
     try:
         model, config = mlx_lm.utils.load_model(folder, lazy=True, strict=False)

@@ -155,13 +155,9 @@ def _of_token(case: dict[str, Any]) -> dict[str, str]:
         part: both({way: case[way][part] for way in WAYS}) if time else ""
         for part, time in before.items()
     }
-    ratio = f"{after['ms'] / before['ms']:.2f}" if before["stages"] else ""
-    return {
-        "batch": str(case["batch"]),
-        **parts,
-        "saved": digits(case["saved_ms"]),
-        "ratio": ratio,
-    }
+    saved = digits(case["saved_ms"])
+    ratio = digits(after["ms"] / before["ms"]) if before["stages"] else ""
+    return {"batch": str(case["batch"]), **parts, "saved": saved, "ratio": ratio}
 
 
 def _of_split(way: dict[str, Any]) -> dict[str, str]:
