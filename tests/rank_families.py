@@ -61,7 +61,7 @@ def answers(model, *names):
             if name in names or not names
         }
     # mlx-lm computes one token more than it gives out.
-    return told, count.evaluated() / (len(told) * (TOKENS + 1))
+    return told, count() / (len(told) * (TOKENS + 1))
 
 
 def batched(model):
@@ -88,7 +88,7 @@ def batched(model):
             if late and len(told) > 6:
                 batch.insert([late.pop()], max_tokens=[4], samplers=[make_sampler(0.6)])
         batch.close()
-    told = {"told": told, "random": mx.random.uniform().item(), "heads": count.evaluated()}
+    told = {"told": told, "random": mx.random.uniform().item(), "heads": count()}
     # The front door, which makes one call of one sampler for the whole batch.
     done = mlx_lm.batch_generate(
         model,

@@ -263,7 +263,7 @@ def uninstalled_midway():
     told["refused"] = [refused()]
     with count_heads(pipeline.model) as count:
         told["tokens"] += [token for token, _ in steps]
-    told["heads, running"] = count.evaluated()
+    told["heads, running"] = count()
     batch.insert(tiny_models.PROMPTS[:1])
     batch.next_generated()
     told["refused"].append(refused())
@@ -274,7 +274,7 @@ def uninstalled_midway():
     told["restored"] = generate.generate_step is early_generate_step.__wrapped__
     with count_heads(pipeline.model) as count:
         told["next"] = [token for token, _ in late]  # begun before, and upstream's all the same
-    told["heads, next"] = count.evaluated()
+    told["heads, next"] = count()
     return told
 
 
@@ -320,7 +320,7 @@ def speculative():
             "tokens": [[token, from_draft] for token, _, from_draft in steps],
             "logprobs": [logprobs[token].item() for token, logprobs, _ in steps],
             "random": mx.random.uniform().item(),
-            "heads": count.evaluated(),
+            "heads": count(),
         }
     return told
 

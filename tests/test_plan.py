@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_sizes_of_layers_are_those_of_ranks(case, folder):
     layers = sizes.layers(folder / case, [4], context)
     planned = sizes.plan(folder / case, RANKS, None, [4], context)
     look = splits.search(planned, layers, [splits.Machine(1, 1)] * RANKS, 4)
-    for stages in itertools.islice(chains(layers.stages, len(layers.memory_bytes)), 3):
+    for stages in itertools.islice(chains(layers.stages, len(layers.sizes)), 3):
         other = [end - first for first, end in stages]
         there = sizes.plan(folder / case, RANKS, other, [4], context)
         way = look.way(range(RANKS), stages)
@@ -163,7 +164,7 @@ def test_text(model, capfd):
     said = capfd.readouterr().out
     assert "│ middle      │    1-4 │" in said
     words = " ".join(said.split())
-    assert "deepseek_v3, a head of 0.1 MB" in words
+    assert "deepseek_v3, a head of 0.07 MB" in words
     assert "save memory, but no time" in words and "ratio" not in words
 
 
@@ -177,16 +178,30 @@ def test_text(model, capfd):
         (["--bandwidth", "8,4,2", "--memory", "1e-3,1,1"], "limit is the memory of machine 0"),
         (["--bandwidth", "800,800,800"], "The plugin saves memory, but no time."),
         (["--bandwidth", "800,800,800"], "No other split is better, nor another order"),
-        (["--link", "1e-3", "--batch", "1,32"], "less per token; links take"),
-        (["--link", "1,1"], "This is for equal machines."),
-        (["--memory", "1,1e-6,1"], "Rank 1's part fits neither way."),
+        (["--link", "1e-3", "--batch", "1,32"], "With a batch of 32 expect"),
+        (["--link", "1,1"], "memory, but no time, if machines are equal."),
         (["--memory", "1,1e-6,1"], "No split fits into the memory of these machines."),
-        (["--memory", "1,1,1", "--context", "10000000"], "Rank 0's part fits neither way."),
     ],
 )
 def test_verdict(arguments, said, model, capfd):
     assert main(["plan", model, "-n", "3", *arguments]) == 0
     assert said in capfd.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fits"),
+    [
+        (["--memory", "1,1e-6,1"], ["yes", "no", "yes"]),
+        (["--memory", "1,1,1", "--context", "10000000"], ["no", "no", "no"]),
+        (["--memory", "1,{plugin},1"], ["yes", "plugin", "yes"]),
+    ],
+)
+def test_fits(arguments, fits, model, capfd):
+    planned = sizes.plan(Path(model), 3).ranks[1].memory_bytes
+    arguments = [argument.format(plugin=planned["plugin"] / 1e9) for argument in arguments]
+    assert main(["plan", model, "-n", "3", *arguments]) == 0
+    ranks_table = capfd.readouterr().out.partition("From a hub")[0]
+    assert re.findall(r"│ +\d │.*│ +(\w+) │$", ranks_table, re.MULTILINE) == fits
 
 
 def test_json(model, capfd):
@@ -195,7 +210,6 @@ def test_json(model, capfd):
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["family"] == "deepseek_v3" and told["splits"][-1]["machines"] == [1, 0]
-    assert told["hidden_bytes_per_token"] == 4 * tiny_models.HIDDEN
     head = told["head_bytes"]
     first = told["ranks"][1]
     assert first["role"] == "first stage" and first["on_disk"] == {"lm_head": head}
@@ -282,8 +296,8 @@ def brute_force(look: splits.Search, orders: Iterable[Sequence[int]]) -> float:
     return least
 
 
-SIZES = st.integers(0, 20).map(lambda tenths: tenths * 10**8)
-PARTS = st.builds(splits.Size, SIZES, SIZES)
+BYTES = st.integers(0, 20).map(lambda tenths: tenths * 10**8)
+PARTS = st.builds(sizes.Size, BYTES, BYTES)
 MACHINES = st.builds(
     splits.Machine,
     st.sampled_from([50.0, 100.0, 270.0]),
@@ -336,9 +350,9 @@ def test_the_best_split_is_the_best_of_all(data):
 def test_ways(machines, ways):
     """Nine layers of 0.2 GB, and a head."""
     every = set(itertools.combinations(range(10), 2))
-    sizes = [splits.Size(2 * 10**8, 2 * 10**8)] * 9
+    layers = [sizes.Size(2 * 10**8, 2 * 10**8)] * 9
     machines = [splits.Machine(*machine) for machine in machines]
-    besides = [splits.Size(0, 10**8), splits.Size(0, 0), splits.Size(0, 0)]
-    look = splits.Search(machines, sizes, besides, [every] * 3)
+    besides = [sizes.Size(0, 10**8), sizes.Size(0, 0), sizes.Size(0, 0)]
+    look = splits.Search(machines, layers, besides, [every] * 3)
     found, _ = splits.compare(look, [(5, 9), (2, 5), (0, 2)])
     assert [(way.machines, way.layers) for way in found] == ways

@@ -13,7 +13,7 @@ from ..config import deadline_seconds, fetches_all, layers_by_rank, requested_mo
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's arguments) names; its exit code."""
     from . import bench, demo, doctor, plan, run
-    from .shared import Unusable
+    from .shared import Unusable, add_command
 
     parser = argparse.ArgumentParser(
         prog="mlx-lm-skiphead",
@@ -21,22 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (demo, doctor, run, plan, bench):
-        command.add_command(commands)
+    for module in (demo, doctor, run, plan, bench):
+        add_command(commands, module)
     arguments = parser.parse_args(argv)
     try:
-        watch_seconds()
-        deadline_seconds()
-        fetches_all()
-        layers_by_rank()
+        for setting in (watch_seconds, deadline_seconds, fetches_all, layers_by_rank):
+            setting()  # of which each raises where it is not understood
         if arguments.run is not doctor.run:  # which reports it among the rest
             requested_mode()
     except ValueError as error:
         print(f"mlx-lm-skiphead: {error}", file=sys.stderr)
         return 2
     try:
-        code: int = arguments.run(arguments)
+        return int(arguments.run(arguments))
     except Unusable as error:
         print(f"mlx-lm-skiphead {arguments.command}: {error}", file=sys.stderr)
         return 2
-    return code

@@ -10,6 +10,7 @@ Example: mlx-lm-skiphead bench ./my-model -n 2 --batch 1,8 --prompt 32,512
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -22,17 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ..config import layers_by_rank
 from .ranks import WAYS, RankFailed, launcher, role, running
-from .shared import Unusable, at_least, both, listed, new_command, table
+from .shared import Unusable, at_least, listed
+from .tables import both, commas, digits, show, table
 
 
-def add_command(commands: Any) -> None:
-    """Add ``bench`` to the parser's subcommands."""
-    summary = "measure a model with and without the plugin, in interleaved rounds"
-    parser = new_command(commands, run, __doc__, summary)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``bench``."""
     option, size, sizes = parser.add_argument, at_least(1), listed(at_least(1))
     option("model", metavar="MODEL", help="a folder, or a hub repository in the cache")
     where = parser.add_mutually_exclusive_group(required=True)
@@ -61,15 +60,17 @@ def run(arguments: argparse.Namespace) -> int:
         Unusable: for wrong arguments.
     """
     told, code = measure(arguments)
-    if arguments.json:
-        print(json.dumps(told, default=str))  # paths
-    else:
-        report(Console(highlight=False), told)
+    show(arguments.json, told, report)
     return code
 
 
 def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Run the ranks: see `document`, and the exit code of `run`."""
+    """Run the ranks, and return what was measured, as JSON, and the exit code of `run`.
+
+    The JSON has the arguments of the command. Times are in milliseconds on rank 0, memory is in
+    bytes. `cases` has what `of_case` returns, and `memory` what each rank told at its end. None
+    stands for what was not measured.
+    """
     from .models import locate, split
 
     count = arguments.ranks or _count_hosts(arguments.hostfile)
@@ -78,14 +79,14 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     folder = locate(arguments.model)
     arguments.split = arguments.split or layers_by_rank()
     family = split(folder, 0, count, arguments.split).family.name
-    names = ("tokens", "rounds", "text", "gpus", "split")
-    task = {name: getattr(arguments, name) for name in names}
-    task["model"] = str(folder)
-    task["cases"] = [(b, p) for p in arguments.prompt for b in arguments.batch]
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    cases = [(b, p) for p in arguments.prompt for b in arguments.batch]
+    task = {name: given[name] for name in ("tokens", "rounds", "text", "gpus", "split")}
+    task |= {"model": str(folder), "cases": cases}
     where = arguments.backend, arguments.hostfile, arguments.starting_port
-    code = 0
     results: list[Any] = [None] * count
     measured: list[dict[str, Any]] = []
+    code = 0
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ranks are ended
         _listen(launcher(task, count, *where), results, measured)
@@ -95,8 +96,18 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     except KeyboardInterrupt:
         print("Stopped; all ranks have been ended.", file=sys.stderr)
         code = 130
-    told = document(arguments, family, results, measured)
-    return told, code or (0 if told["tokens_agree"] else 1)
+    by_case = [of_case(*case, measured) for case in cases]
+    told = {
+        **given,
+        "family": family,
+        "ranks": count,
+        "machine": platform.platform(),
+        "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lm-skiphead")},
+        "tokens_agree": all(case["tokens_agree"] for case in by_case),
+        "cases": by_case,
+        "memory": [r and {"rank": rank, **r} for rank, r in enumerate(results)],
+    }
+    return told, code or int(not told["tokens_agree"])
 
 
 def _count_hosts(hostfile: Path) -> int:
@@ -112,39 +123,17 @@ def _count_hosts(hostfile: Path) -> int:
 
 def _listen(command: list[str], results: list[Any], measured: list[dict[str, Any]]) -> None:
     """Start ranks, and show what they do until all have ended; fill in results, by rank."""
-    step, console = "", Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     with running(len(results), command) as events, console.status("starting ranks") as line:
         for rank, event in events:
             if "result" in event:
                 results[rank] = event["result"]
             elif "measured" in event:
                 measured.append({**event["measured"], "rank": rank})
-            elif rank == 0 and event["step"] != step:
-                step = event["step"]
-                line.update(step)
+            elif rank == 0:
+                line.update(event["step"])
                 if not console.is_terminal:
-                    console.print(step, highlight=False)
-
-
-def document(
-    arguments: argparse.Namespace, family: str, results: list[Any], measured: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What was measured, as JSON. Times are in milliseconds on rank 0, memory is in bytes.
-
-    It has the arguments of the command. `cases` has what `of_case` returns, and `memory` what each
-    rank told at its end. None stands for what was not measured.
-    """
-    cases = [of_case(b, p, measured) for p in arguments.prompt for b in arguments.batch]
-    return {
-        **{name: value for name, value in vars(arguments).items() if name != "run"},
-        "family": family,
-        "ranks": len(results),
-        "machine": platform.platform(),
-        "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lm-skiphead")},
-        "tokens_agree": all(case["tokens_agree"] for case in cases),
-        "cases": cases,
-        "memory": [r and {"rank": rank, **r} for rank, r in enumerate(results)],
-    }
+                    console.print(event["step"])
 
 
 def of_case(batch: int, prompt: int, measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -157,23 +146,25 @@ def of_case(batch: int, prompt: int, measured: list[dict[str, Any]]) -> dict[str
         ``interval``. ``tokens_per_second``: by way, of the whole batch.
     """
     mine = [each for each in measured if each["case"] == [batch, prompt]]
-    values = {
-        name: {way: [e[name] for e in mine if (e["rank"], e["way"]) == (0, way)] for way in WAYS}
-        for name in ("ms_per_token", "first_token_ms")
-    }
-    both = zip(*values["ms_per_token"].values(), strict=False)  # the last round may be half done
-    ratios = [plugin / unpatched for unpatched, plugin in both if unpatched]
+
+    def values(name: str, way: str) -> list[float]:
+        return [each[name] for each in mine if (each["rank"], each["way"]) == (0, way)]
+
+    times = {way: values("ms_per_token", way) for way in WAYS}
+    pairs = zip(*times.values(), strict=False)  # the last round may be half done
+    ratios = [plugin / unpatched for unpatched, plugin in pairs if unpatched]
     ratio = _spread(ratios)
     return {
         "batch": batch,
         "prompt": prompt,
         "tokens": mine[0]["tokens"] if mine else 0,
         "tokens_agree": len({each["digest"] for each in mine}) <= 1,
-        **{name: {way: _spread(v) for way, v in ways.items()} for name, ways in values.items()},
+        "ms_per_token": {way: _spread(times[way]) for way in WAYS},
+        "first_token_ms": {way: _spread(values("first_token_ms", way)) for way in WAYS},
         "ratio": ratio and {**ratio, "interval": interval(ratios)},
         "tokens_per_second": {
-            way: 1000 * batch / statistics.median(times) if any(times) else None
-            for way, times in values["ms_per_token"].items()
+            way: 1000 * batch / statistics.median(taken) if any(taken) else None
+            for way, taken in times.items()
         },
     }
 
@@ -195,71 +186,68 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, flo
     it is their range.
     """
     count, ordered = len(values), sorted(values)
-
-    def reached(left_out: int) -> float:
-        """The confidence without so many values at each end."""
-        below = sum(math.comb(count, k) for k in range(left_out + 1))
-        return max(0.0, 1 - 2 * below / float(2**count))
-
-    enough = (k for k in range((count + 1) // 2) if reached(k) >= confidence)
-    left_out = max(enough, default=0)
+    # By how many values are left out at each end: the orders in which the median is beyond one of
+    # them, and the confidence in what remains.
+    beyond = itertools.accumulate(math.comb(count, k) for k in range(count // 2 + 1))
+    reached = [max(0.0, 1 - 2 * orders / 2**count) for orders in beyond]
+    left_out = max((k for k, each in enumerate(reached) if each >= confidence), default=0)
     low, high = ordered[left_out], ordered[-1 - left_out]
-    return {"low": low, "high": high, "confidence": reached(left_out)}
+    return {"low": low, "high": high, "confidence": reached[left_out]}
 
 
 def report(console: Console, told: dict[str, Any]) -> None:
-    """Print what `document` returns."""
-    split = f" with {','.join(map(str, told['split']))} layers" if told["split"] else ""
-    line = f"{told['model']}: {told['family']}, {told['ranks']} ranks{split}, both ways in turn"
-    console.print(line, markup=False)
+    """Print what `measure` returns."""
+    split = f" with {commas(told['split'])} layers" if told["split"] else ""
+    ranks = f"{told['ranks']} ranks{split}, both ways in turn"
+    console.print(f"{told['model']}: {told['family']}, {ranks}")
     cases = [case for case in told["cases"] if case["ratio"]]  # of which a round has ended
     if cases:
         _report_times(console, cases)
     if all(told["memory"]):
-        console.print(_ranks_table(told["memory"]))
+        head = digits(told["memory"][0]["head_bytes"] / 1e6)
+        title = f"MB in memory and left on disk, a head of {head}: unpatched → plugin"
+        console.print(table(title, [_of_rank(rank, told["ranks"]) for rank in told["memory"]]))
     elif not cases:
         console.print("Nothing was measured.")
         return
-    agree = "[green]Tokens agree[/]: on all ranks, both ways, in every round."
-    differ = "[red bold]Tokens differ[/] between ranks or ways. Please report this."
-    console.print(agree if told["tokens_agree"] else differ)
+    agree = "Tokens agree: on all ranks, both ways, in every round."
+    differ = "Tokens differ between ranks or ways. Please report this."
+    line, style = (agree, "green") if told["tokens_agree"] else (differ, "red bold")
+    console.print(line, style=style)
 
 
 def _report_times(console: Console, cases: list[dict[str, Any]]) -> None:
     """Print the tables of times and ratios of `cases`, and how many rounds are behind them."""
     times, speeds = [], []
-    interval = "{median:.2f}, {interval[low]:.2f}-{interval[high]:.2f}"
     for case in cases:
-        sizes = str(case["batch"]), str(case["prompt"])
-        spreads = (_range(case["ms_per_token"][way]) for way in WAYS)
-        times.append([*sizes, *spreads, interval.format_map(case["ratio"])])
-        first = {way: case["first_token_ms"][way]["median"] for way in WAYS}
-        speeds.append([*sizes, both(first), both(case["tokens_per_second"])])
-    title = "ms per token: median, lowest-highest; ratio: median, interval"
-    console.print(table(title, ("batch", "prompt", *WAYS, "plugin / unpatched"), times))
-    title = "ms to the first token, and tokens per second: unpatched → plugin"
-    console.print(table(title, ("batch", "prompt", "first token", "tokens/s"), speeds))
+        sizes = {"batch": str(case["batch"]), "prompt": str(case["prompt"])}
+        spreads = {way: _range(case["ms_per_token"][way]) for way in WAYS}
+        ratio = _range(case["ratio"] | case["ratio"]["interval"])
+        times.append({**sizes, **spreads, "plugin / unpatched": ratio})
+        first = both({way: case["first_token_ms"][way]["median"] for way in WAYS})
+        speed = both(case["tokens_per_second"])
+        speeds.append({**sizes, "first token": first, "tokens/s": speed})
+    console.print(table("ms per token: median, lowest-highest; ratio: median, interval", times))
+    console.print(table("ms to the first token, and tokens per second: unpatched → plugin", speeds))
     confidence = min(case["ratio"]["interval"]["confidence"] for case in cases)
     rounds = min(len(case["ratio"]["values"]) for case in cases)
     line = "The interval of the ratio has {:.0f} % confidence ({} rounds)."
     console.print(line.format(100 * confidence, rounds))
 
 
-def _ranks_table(results: Sequence[dict[str, Any]]) -> Table:
-    """The memory of each rank, and the heads that it ran for an answer, if there is one."""
-    rows = []
-    for rank, result in enumerate(results):
-        heads = {way: answer["heads_per_token"] for way, answer in result["answers"].items()}
-        sizes = (both(result[what], unit=1e6) for what in ("loaded_bytes", "peak_bytes"))
-        left = f"{sum(result['on_disk'].values()) / 1e6:.1f}"
-        row = [str(rank), role(rank, len(results)), *sizes, left]
-        rows.append([*row, both(heads, 2)] if heads else row)
-    columns = ["rank", "role", "loaded", "at most", "on disk", "heads/token"]
-    title = f"MB in memory and left on disk, a head of {results[0]['head_bytes'] / 1e6:.1f}"
-    return table(f"{title}: unpatched → plugin", columns[: len(rows[0])], rows)
-
-
 def _range(spread: dict[str, Any]) -> str:
-    low, high = spread["low"], spread["high"]
-    digits = 2 if high < 10 else 1 if high < 100 else 0
-    return f"{spread['median']:.{digits}f}, {low:.{digits}f}-{high:.{digits}f}"
+    median, low, high = (digits(spread[name]) for name in ("median", "low", "high"))
+    return f"{median}, {low}-{high}"
+
+
+def _of_rank(result: dict[str, Any], ranks: int) -> dict[str, str]:
+    """The row of a rank: its memory, and the heads that it ran for an answer, if there is one."""
+    heads = {way: answer["heads_per_token"] for way, answer in result["answers"].items()}
+    return {
+        "rank": str(result["rank"]),
+        "role": role(result["rank"], ranks),
+        "loaded": both(result["loaded_bytes"], 1e6),
+        "at most": both(result["peak_bytes"], 1e6),
+        "on disk": digits(sum(result["on_disk"].values()) / 1e6),
+        "heads/token": both(heads) if heads else "",
+    }

@@ -1,8 +1,9 @@
-"""``mlx-lm-skiphead demo``: a `bench` on this machine that also answers a sentence.
+"""``mlx-lm-skiphead demo``: runs a model on ranks of this machine, both ways, and compares them.
 
-Without ``--model`` it makes a small model of DeepSeek-V3's shape with random weights. It prints
-what `bench` prints: times, memory, and what is left on disk. And it prints how many heads each rank
-ran for a token of the answers, and whether their tokens agree.
+It is a `bench` that also answers a sentence. Without ``--model`` it makes a small model of
+DeepSeek-V3's shape with random weights. It prints what `bench` prints: times, memory, and what is
+left on disk. And it prints how many heads each rank ran for a token of the answers, and whether
+their tokens agree.
 
 Example: mlx-lm-skiphead demo --model ./my-model -n 3 --prompt 'Hello'
 """
@@ -18,13 +19,11 @@ from typing import Any
 from rich.console import Console
 
 from . import bench
-from .shared import at_least, new_command
+from .shared import at_least
 
 
-def add_command(commands: Any) -> None:
-    """Add ``demo`` to the parser's subcommands."""
-    summary = "run a model on ranks of this machine, without the plugin and with it, and compare"
-    parser = new_command(commands, run, __doc__, summary)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``demo``."""
     option, size = parser.add_argument, at_least(1)
     option("--model", metavar="PATH_OR_REPO", help="a model that mlx-lm can pipeline")
     option("-n", dest="ranks", type=at_least(2), default=2, metavar="N", help="ranks (2)")
@@ -44,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         Unusable: if the model cannot be used.
     """
-    console = Console(highlight=False)
+    console = Console(markup=False, highlight=False)
     is_random = arguments.model is None
     with tempfile.TemporaryDirectory() as folder:
         if is_random:
@@ -70,7 +69,7 @@ def _compare(console: Console, results: list[dict[str, Any]]) -> int:
     without it, and no worker may run a head."""
     right = results[0]["answers"]["unpatched"]
     answers = [result["answers"]["plugin"] for result in results]
-    console.print(f"text: {right['text']!r}", markup=False)
+    console.print(f"text: {right['text']!r}")
     wrong = [
         f"rank {rank} gives {answer['tokens']} where unpatched mlx-lm gives {right['tokens']}"
         for rank, answer in enumerate(answers)
@@ -79,11 +78,11 @@ def _compare(console: Console, results: list[dict[str, Any]]) -> int:
     if any(answer["heads_per_token"] for answer in answers[1:]):
         wrong.append("workers ran heads with the plugin on")
     for line in wrong:
-        console.print(f"Please report this: {line}", style="red", markup=False)
+        console.print(f"Please report this: {line}", style="red")
     if wrong:
         return 1
-    line = "[green]Answers agree[/]: {} greedy tokens and {} at temperature 0.8, on all {} ranks."
-    console.print(line.format(*map(len, right["tokens"]), len(answers)))
+    line = "Answers agree: {} greedy tokens and {} at temperature 0.8, on all {} ranks."
+    console.print(line.format(*map(len, right["tokens"]), len(answers)), style="green")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``mlx-lm-skiphead doctor``: whether the plugin works here, with this mlx-lm, model and ranks.
+"""``mlx-lm-skiphead doctor``: checks that the plugin works here, with these versions and ranks.
 
 It looks at versions, each patch by family, loop or part, patches of other packages, and a model of
 yours. Under mlx.launch or mpirun it also compares all ranks, and with --links measures their links.
@@ -35,7 +35,8 @@ from ..families import BY_NAME
 from .models import locate
 from .ranks import launched_rank
 from .run import in_the_way
-from .shared import Unusable, new_command, one_line, table
+from .shared import Unusable, one_line
+from .tables import commas, show, table
 
 Report = dict[str, Any]
 
@@ -51,16 +52,12 @@ CACHE_BYTES = (
     "the ranks go on with different parts of a prompt. Use --prompt-cache-size."
 )
 NO_IMPORT = "cannot be imported"
-NO_MPI = (
-    "MLX does not find MPI, and each rank is alone: set MLX_MPI_LIBNAME to its library, as in "
-    "mpirun -x MLX_MPI_LIBNAME=/path/to/libmpi.so.40 ..."
-)
+NO_MPI = "MLX does not find MPI, and each rank is alone: mpirun -x MLX_MPI_LIBNAME=.../libmpi.so.40"
 
 
-def add_command(commands: Any) -> None:
-    """Add ``doctor`` to the parser's subcommands."""
-    summary = "check versions, families, loops, a model, patches of others, and all ranks"
-    option = new_command(commands, run, __doc__, summary).add_argument
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``doctor``."""
+    option = parser.add_argument
     option("--model", metavar="PATH_OR_REPO", help="a folder, or a hub repository in the cache")
     first = "to see what it patches; may be repeated"
     option("--import", dest="modules", action="append", default=[], metavar="MODULE", help=first)
@@ -83,14 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger("mlx_lm_skiphead").addFilter(lambda record: record.module == "watch")
     with redirect_stdout(sys.stderr):
         report = diagnose(arguments.model, arguments.modules, arguments.links)
-    code: int = report["exit_code"]
     if launched_rank():
         return 0
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-    else:
-        _print(Console(markup=False, highlight=False), report)
-    return code
+    show(arguments.json, report, _print)
+    return int(report["exit_code"])
 
 
 def diagnose(model: str | None, modules: list[str], measures_links: bool) -> Report:
@@ -128,8 +121,7 @@ def diagnose(model: str | None, modules: list[str], measures_links: bool) -> Rep
         setting = f"{config.VARIABLE} is not set" if value is None else f"{config.VARIABLE}={value}"
         notes.append(f"{setting}: the plugin is {mode}.")
         if split := config.layers_by_rank():
-            layers = ",".join(map(str, split))
-            notes.append(f"{config.SPLIT}={layers}: layers of each rank, rank 0 first.")
+            notes.append(f"{config.SPLIT}={commas(split)}: layers of each rank, rank 0 first.")
     except ValueError as error:
         problems.append(str(error))
     # With the plugin off and no model, nothing has been asked for that could fail.
@@ -154,10 +146,9 @@ def _versions() -> dict[str, dict[str, str]]:
     """``versions`` of the report; see `diagnose`."""
     own = {"mlx-lm-skiphead": __version__, "Python": platform.python_version()}
     found = {name: {"version": v, "needed": "", "state": "ok"} for name, v in own.items()}
-    for needed in map(Requirement, metadata.requires("mlx-lm-skiphead") or []):
-        name, specifier, version, state = needed.name, str(needed.specifier), "", "ok"
-        if needed.marker is not None:  # of an extra
-            continue
+    packages = map(Requirement, metadata.requires("mlx-lm-skiphead") or [])
+    for needed in (package for package in packages if package.marker is None):  # of no extra
+        name, specifier, version = needed.name, str(needed.specifier), ""
         try:
             version = metadata.version(name)
             importlib.import_module("mlx.core" if name == "mlx" else name.replace("-", "_"))
@@ -172,10 +163,9 @@ def _versions() -> dict[str, dict[str, str]]:
 
 def satisfies(version: str, needed: str) -> bool:
     """Whether a version, pre-releases included, is one of those needed."""
-    try:
+    with suppress(InvalidVersion):
         return SpecifierSet(needed).contains(version, prereleases=True)
-    except InvalidVersion:
-        return False
+    return False
 
 
 def judge_versions(mlx: str, mlx_lm: str) -> Iterator[str]:
@@ -227,7 +217,7 @@ def _look_at_targets(report: Report, modules: Sequence[str]) -> None:
         left = [name for name, t in targets.items() if t.state in ("refused", "replaced")]
         report["left_to_upstream"] = left
         report["patches"] = [{"target": t, "by": by} for t, by in dict.fromkeys(_by_others())]
-        if others := ", ".join(f"{t['target']} (by {t['by']})" for t in report["patches"]):
+        if others := ", ".join(map("{target} (by {by})".format_map, report["patches"])):
             line = "Other packages have patched the same functions"
             report["warnings"].append(f"{line}: {others}.")
     finally:
@@ -341,10 +331,9 @@ def _facts(report: Report, measures_links: bool) -> dict[str, str]:
 
 
 def _print(console: Console, report: Report) -> None:
-    tables = {"versions": ("versions", "", "needed", ""), "targets": ("patches", "state", "why")}
-    for key, columns in tables.items():
-        rows = [[name, *found.values()] for name, found in report[key].items()]
-        console.print(table("", columns, rows, is_text=True))
+    for key, heading in (("versions", "versions"), ("targets", "patches")):
+        rows = [{heading: name, **found} for name, found in report[key].items()]
+        console.print(table("", rows, is_text=True))
     if not report["problems"] and not report["warnings"]:
         report["notes"].append("No problem was found.")
     for name, style in (("notes", ""), ("warnings", "yellow"), ("problems", "red")):

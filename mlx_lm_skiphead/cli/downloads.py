@@ -34,14 +34,9 @@ def of_rank(folder: Path, split: Split) -> Downloads:
     }
 
 
-def total(ranks: Sequence[Downloads], choice: str) -> int:
-    """The bytes that all ranks fetch together."""
-    return sum(sum(rank[choice].values()) for rank in ranks)
-
-
 def summary(ranks: Sequence[Downloads]) -> str:
     """The sum over all ranks, in a sentence."""
-    before, after = (total(ranks, choice) / 1e6 for choice in CHOICES)
+    before, after = (sum(sum(r[choice].values()) for r in ranks) / 1e6 for choice in CHOICES)
     return (
         f"From a hub, {DOWNLOAD}=needed downloads {after:,.1f} MB of weights over all ranks, in "
         f"place of {before:,.1f} MB: {before - after:,.1f} MB less."

@@ -26,7 +26,6 @@ from .ranks import WAYS
 
 FEWEST, MOST, SECONDS = 8, 64, 2.0
 """Tokens of a generation and its length, where the task does not say how many tokens."""
-TEMPERATURE = 0.8
 
 
 class Measurement:
@@ -89,8 +88,8 @@ class Measurement:
                 # Each way comes first as often as the other.
                 for way in WAYS if done % 2 == 0 else reversed(WAYS):
                     install() if way == "plugin" else uninstall()
-                    of = "round {} of {}, batch {}, prompt {}"
-                    self.say(step=of.format(done + 1, task["rounds"], *case))
+                    of = "round {} of {}, {}, batch {}, prompt {}"
+                    self.say(step=of.format(done + 1, task["rounds"], way, *case))
                     measured = self._generate(case, length)
                     self.say(measured={"case": case, "way": way, **measured})
         return {"on_disk": on_disk, "head_bytes": size_of(self.head), **told}
@@ -130,8 +129,8 @@ class Measurement:
             messages = [{"role": "user", "content": text}]
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         answers = []
-        with count_heads(self.model) as count:
-            for temperature in (0.0, TEMPERATURE):
+        with count_heads(self.model) as evaluated:
+            for temperature in (0.0, 0.8):
                 mx.random.seed(0)
                 options = {"max_tokens": self.task["tokens"], "sampler": make_sampler(temperature)}
                 answers.append([*mlx_lm.stream_generate(self.model, tokenizer, ids, **options)])
@@ -140,7 +139,7 @@ class Measurement:
         return {
             "tokens": [[step.token for step in answer] for answer in answers],
             "text": "".join(step.text for step in answers[0]),
-            "heads_per_token": count.evaluated() / computed,
+            "heads_per_token": evaluated() / computed,
         }
 
 
@@ -167,22 +166,17 @@ def decode(model: Any, prompts: list[list[int]], tokens: int) -> Iterator[list[i
     mx.synchronize(loops.generation_stream)
 
 
-class HeadCount(list[mx.array]):
-    """The logits of all calls of a head on this rank."""
+@contextmanager
+def count_heads(model: Any) -> Iterator[Callable[[], int]]:
+    """Count the heads of `model` that this rank evaluates inside the ``with`` block.
 
-    def evaluated(self) -> int:
-        """Heads whose matrix product was computed.
-
+    Yields:
+        A function that returns how many there have been: heads whose matrix product was computed.
         MLX is lazy: logits that a call of the head returned may never be computed, as in prefill.
         Those that were have no operation behind them any more.
-        """
-        return sum(not is_pending(logits) for logits in self)
-
-
-@contextmanager
-def count_heads(model: Any) -> Iterator[HeadCount]:
-    """Count the heads of `model` that this rank evaluates inside the ``with`` block."""
-    family, count = family_of(model), HeadCount()
+    """
+    family = family_of(model)
+    called: list[mx.array] = []
     head = family.head_of(family.owner_of(model))
     # An embedding that serves as the head does so through another method.
     method = "as_linear" if hasattr(head, "as_linear") else "__call__"
@@ -190,11 +184,11 @@ def count_heads(model: Any) -> Iterator[HeadCount]:
     def keep(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         logits = wrapped(*args, **kwargs)
         if instance is head:
-            count.append(logits)
+            called.append(logits)
         return logits
 
     handle = wrapt.wrap_function_wrapper(type(head), method, keep)
     try:
-        yield count
+        yield lambda: sum(not is_pending(logits) for logits in called)
     finally:
         wrapt.unwrap_object(type(head), method, handle)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import families
 from ..families import Family
 from .shared import Unusable
+
+HINT = "plan --fetch-headers looks at the hub"
 
 
 def locate(path_or_repo: str) -> Path:
@@ -25,10 +26,8 @@ def locate(path_or_repo: str) -> Path:
             # Weights need not be there: mlx-lm fetches some files, and each rank some of these.
             copy = snapshot_download(path_or_repo, local_files_only=True, allow_patterns="*.json")
         except (OSError, ValueError) as error:  # it is not there, or no name of a repository
-            raise Unusable(
-                f"there is no folder {path_or_repo}, and no copy of such a hub repository here "
-                "(plan --fetch-headers looks at the hub)"
-            ) from error
+            line = f"there is no folder {path_or_repo}, and no copy of such a hub repository here"
+            raise Unusable(f"{line} ({HINT})") from error
         folder = Path(copy)
     if not (folder / "config.json").is_file():
         raise Unusable(f"there is no model in {folder}: it has no config.json")
@@ -77,31 +76,24 @@ def split(folder: Path, rank: int, ranks: int, layers: list[int] | None = None) 
     import mlx_lm.utils
 
     from .. import uninstall
+    from ..weights.fetching import INDEX, weight_map
     from ..weights.splitting import group_of
 
     uninstall()  # so that this is mlx-lm's own split
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise Unusable(f"{index} is missing: mlx-lm needs it to split a model")
-    files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+    if not (folder / INDEX).is_file():
+        raise Unusable(f"{folder / INDEX} is missing: mlx-lm needs it to split a model")
+    files = {folder / name for name in weight_map(folder).values()}
     if missing := sorted(str(file) for file in files if not file.exists()):
-        raise Unusable(
-            f"files of the model are missing: {', '.join(missing)} (of a model on a hub, "
-            "plan --fetch-headers needs only the headers)"
-        )
+        raise Unusable(f"files of the model are missing: {', '.join(missing)} ({HINT})")
     try:
         model, config = mlx_lm.utils.load_model(folder, lazy=True, strict=False)
-        family = family_of(model)
+        made = Split(model, family_of(model), config)
     except Exception as error:  # whatever is wrong with the files of a model
         raise Unusable(f"{folder}: {error}") from error
-    stage: Any = getattr(model, "model", None)
-    if not hasattr(stage, "pipeline"):
-        raise Unusable(f"this mlx-lm cannot split {family.name} into a pipeline")
-    count = len(stage.layers)
-    if ranks > count:
+    if ranks > (count := len(made.stage.layers)):
         raise Unusable(f"{ranks} ranks need {ranks} layers, and this model has {count}")
     try:
-        stage.pipeline(group_of(rank, ranks), *([] if layers is None else [layers]))
-    except (TypeError, ValueError) as error:
-        raise Unusable(f"mlx-lm cannot split {family.name} so: {error}") from error
-    return Split(model, family, config)
+        made.stage.pipeline(group_of(rank, ranks), *([] if layers is None else [layers]))
+    except (AttributeError, TypeError, ValueError) as error:  # it has no `pipeline`, or no `split`
+        raise Unusable(f"mlx-lm cannot split {made.family.name} so: {error}") from error
+    return made

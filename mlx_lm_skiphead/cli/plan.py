@@ -14,37 +14,29 @@ Example: mlx-lm-skiphead plan ./my-model -n 3 --bandwidth 800,400,120 --link 1,0
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from . import downloads
 from .formula import Link, token
 from .ranks import WAYS
-from .shared import Unusable, above_0, at_least, both, listed, new_command, table
-
-if TYPE_CHECKING:
-    from .sizes import Plan
-    from .splits import Machine, Search
+from .shared import Unusable, above_0, at_least, listed
+from .tables import both, commas, digits, show, table
 
 
-def add_command(commands: Any) -> None:
-    """Add ``plan`` to the parser's subcommands."""
-    summary = "predict what each rank holds and what the plugin saves"
-    parser = new_command(commands, run, __doc__, summary)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``plan``."""
     option, sizes, numbers = parser.add_argument, listed(at_least(1)), listed(above_0)
     option("model", metavar="MODEL", help="a folder, or a hub repository in the cache")
     option("-n", dest="ranks", type=at_least(2), required=True, metavar="N", help="ranks")
     option("--split", type=sizes, metavar="A,...", help="layers of each rank, rank 0 first (even)")
     option("--bandwidth", type=numbers, metavar="GB/S,...", help="memory bandwidth of each rank")
     option("--memory", type=numbers, metavar="GB,...", help="for weights and caches of each rank")
-    count = at_least(0)
-    option("--context", type=count, default=0, metavar="N", help="tokens in each prompt cache (0)")
+    option("--context", type=at_least(0), default=0, metavar="N", help="tokens in each cache (0)")
     option("--link", type=numbers, metavar="GBIT/S[,MS]", help="rate and latency of each link")
     option("--batch", type=sizes, default=[1], metavar="B,...", help="batch sizes (1)")
     option("--fetch-headers", action="store_true", help="get the headers of MODEL from the hub")
@@ -58,157 +50,143 @@ def run(arguments: argparse.Namespace) -> int:
         Unusable: if the model cannot be split in this way.
     """
     from .models import locate
-    from .sizes import layers, plan
-    from .splits import Machine, search
 
-    ranks, link = arguments.ranks, arguments.link
     for name in ("bandwidth", "memory"):
         given = getattr(arguments, name)
-        if given is not None and len(given) != ranks:
-            raise Unusable(f"--{name} has {len(given)} values for {ranks} ranks")
-    if link is not None and len(link) > 2:
+        if given is not None and len(given) != arguments.ranks:
+            raise Unusable(f"--{name} has {len(given)} values for {arguments.ranks} ranks")
+    if arguments.link is not None and len(arguments.link) > 2:
         raise Unusable("--link is a rate in Gbit/s and a latency in ms, no more")
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as headers:
         if arguments.fetch_headers:
-            downloads.fetch_headers(arguments.model, Path(name))
-        folder = Path(name) if arguments.fetch_headers else locate(arguments.model)
-        case = arguments.batch, arguments.context
-        planned = plan(folder, ranks, arguments.split, *case)
-        unknown = [None] * ranks
-        bandwidths, memories = arguments.bandwidth or unknown, arguments.memory or unknown
-        machines = [Machine(*each) for each in zip(bandwidths, memories, strict=True)]
-        is_known = bool(arguments.bandwidth or arguments.memory)
-        look = search(planned, layers(folder, *case), machines, case[0][0]) if is_known else None
-    told = document(planned, machines, link and Link(*link), arguments.batch, look)
-    told = {"model": arguments.model, "context": arguments.context, **told}
-    if arguments.json:
-        print(json.dumps(told))
-    else:
-        _report(Console(highlight=False), told)
+            downloads.fetch_headers(arguments.model, Path(headers))
+        folder = Path(headers) if arguments.fetch_headers else locate(arguments.model)
+        told = document(arguments, folder)
+    show(arguments.json, told, _report)
     return 0
 
 
-def reading_times(
-    planned: Plan, machines: Sequence[Machine], batch: int
-) -> list[tuple[float, float]]:
-    """The ms in which each rank reads its layers and its head; 0 without a bandwidth."""
-    ranks = zip(planned.ranks, machines, strict=True)
-    return [(m.ms(rank.reads_bytes[batch]), m.ms(rank.head_bytes)) for rank, m in ranks]
-
-
-def document(
-    planned: Plan,
-    machines: Sequence[Machine],
-    link: Link | None,
-    batches: Sequence[int],
-    look: Search | None,
-) -> dict[str, Any]:
+def document(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The plan as JSON: sizes in bytes, times in milliseconds, `ranks` in order of rank.
 
     `tokens` has one entry for each batch size. Without bandwidths its `stages` and `head` are 0. It
-    is empty without bandwidths and links. `splits` and `limits` are what `compare` returns, with
-    the links in the times; they are empty without bandwidths and memories.
+    is empty without bandwidths and links. `splits` and `limits` are what `splits.compare` returns,
+    with the links in the times, which are 0 without bandwidths; `takes_split` is whether mlx-lm
+    splits this family unevenly. Without bandwidths and memories these are empty or missing.
     """
-    links, files = link or Link(), [rank.downloads for rank in planned.ranks]
+    from .sizes import layers, plan
+    from .splits import Machine, compare, search
+
+    batches, unknown = arguments.batch, [None] * arguments.ranks
+    planned = plan(folder, arguments.ranks, arguments.split, batches, arguments.context)
+    given = arguments.bandwidth or unknown, arguments.memory or unknown
+    machines = [Machine(*each) for each in zip(*given, strict=True)]
+    placed = list(zip(planned.ranks, machines, strict=True))
+    ranks: list[dict[str, Any]] = []
+    for rank, machine in placed:
+        needs = {way: size + rank.cache_bytes for way, size in rank.memory_bytes.items()}
+        fits = {way: machine.holds(size) for way, size in needs.items()}
+        ranks.append({**rank._asdict(), **machine._asdict(), "fits": fits})
     tokens: list[dict[str, Any]] = []
-    for batch in batches if link or machines[0].bandwidth else ():
-        times = reading_times(planned, machines, batch)
-        ways = {way: token(times, planned.row, links, batch, way) for way in WAYS}
+    for batch in batches if arguments.link or arguments.bandwidth else ():
+        times = [(m.ms(rank.reads_bytes[batch]), m.ms(rank.head_bytes)) for rank, m in placed]
+        link = Link(*arguments.link or ())
+        ways = {way: token(times, planned.row, link, batch, way) for way in WAYS}
         parts = {way: {**taken._asdict(), "ms": taken.ms} for way, taken in ways.items()}
         saved = ways["unpatched"].ms - ways["plugin"].ms
         tokens.append({"batch": batch, **parts, "saved_ms": saved})
-    ranks = [
-        {
-            **rank._asdict(),
-            **machine._asdict(),
-            "fits": {
-                way: machine.holds(m + rank.cache_bytes) for way, m in rank.memory_bytes.items()
-            },
-        }
-        for rank, machine in zip(planned.ranks, machines, strict=True)
-    ]
-    from .splits import compare
-
-    splits, limits = compare(look, [rank.layers for rank in planned.ranks]) if look else ([], [])
-    unread = [(0.0, 0.0)] * len(machines)
-    between = token(unread, planned.row, links, batches[0], "plugin").links
-    return {
+    told = {
+        "model": arguments.model,
         "family": planned.family,
         "head_bytes": planned.ranks[0].head_bytes,
-        "hidden_bytes_per_token": planned.row,
-        "link": link and link._asdict(),
         "ranks": ranks,
         "tokens": tokens,
-        "download_bytes": {c: downloads.total(files, c) for c in downloads.CHOICES},
-        "takes_split": look is None or len(look.stages[0]) > 1,
-        "splits": [{**way._asdict(), "ms": way.ms + between} for way in splits],
-        "limits": limits,
+        "splits": [],
+        "limits": [],
     }
+    if arguments.bandwidth or arguments.memory:
+        every = layers(folder, batches, arguments.context)
+        look = search(planned, every, machines, batches[0])
+        found, told["limits"] = compare(look, [rank.layers for rank in planned.ranks])
+        # Links take as long with every split.
+        links = tokens[0]["plugin"]["links"] if arguments.bandwidth else 0.0
+        told["splits"] = [{**way._asdict(), "ms": way.ms + links} for way in found]
+        told["takes_split"] = bool(every.stages)
+    return told
 
 
 def _report(console: Console, told: dict[str, Any]) -> None:
-    head = _mb(told["head_bytes"])
-    console.print(f"{told['model']}: {told['family']}, a head of {head} MB", markup=False)
-    unknown = [] if told["context"] else ["cache"]
-    unknown += [] if told["ranks"][0]["memory"] else ["fits"]
-    rows = []
-    for rank in told["ranks"]:
-        fits, reads, its_head = rank["fits"], rank["reads_bytes"][1], rank["head_bytes"]
-        read = {"unpatched": reads + its_head, "plugin": reads + (0 if rank["rank"] else its_head)}
-        sizes = (sum(files.values()) for files in rank["downloads"].values())
-        fetched = dict(zip(WAYS, sizes, strict=True))
-        row = {
-            "rank": str(rank["rank"]),
-            "role": rank["role"],
-            "layers": f"{rank['layers'][0]}-{rank['layers'][1] - 1}",
-            **{way: _mb(rank["memory_bytes"][way]) for way in WAYS},
-            "cache": _mb(rank["cache_bytes"]),
-            "read": both(read, unit=1e6),
-            "download": both(fetched, unit=1e6),
-            "fits": "yes" if fits["unpatched"] else "plugin" if fits["plugin"] else "no",
-        }
-        rows.append({name: cell for name, cell in row.items() if name not in unknown})
+    head = digits(told["head_bytes"] / 1e6)
+    console.print(f"{told['model']}: {told['family']}, a head of {head} MB")
     title = "MB of weights: in memory, read for a token, downloaded (all → needed)"
-    console.print(table(title, list(rows[0]), [list(row.values()) for row in rows]))
+    console.print(table(title, [_of_rank(rank) for rank in told["ranks"]]))
     console.print(downloads.summary([rank["downloads"] for rank in told["ranks"]]))
     if told["tokens"]:
-        console.print(_times_table(told))
+        title = "ms per token: unpatched → plugin"
+        console.print(table(title, [_of_token(case) for case in told["tokens"]]))
     if told["splits"]:
-        console.print(_splits_table(told["splits"], bool(told["ranks"][0]["bandwidth"])))
+        title = "rank 0 first, with the plugin; the last row is the best"
+        console.print(table(title, [_of_split(way) for way in told["splits"]]))
     console.print("\n".join(_verdict(told)), soft_wrap=True)  # there is a command among it
 
 
-def _times_table(told: dict[str, Any]) -> Table:
-    """The parts of the time of a token that are known."""
-    has_bandwidths = told["ranks"][0]["bandwidth"] is not None
-    parts = ["stages", "head"] if has_bandwidths else []
-    parts += (["links"] if told["link"] else []) + (["ms"] if has_bandwidths else [])
-    rows = []
-    for case in told["tokens"]:
-        before, after = (case[way] for way in WAYS)
-        ratio = f"{after['ms'] / before['ms']:.2f}" if has_bandwidths else _ms(case["saved_ms"])
-        times = (f"{_ms(before[part])} → {_ms(after[part])}" for part in parts)
-        rows.append([str(case["batch"]), *times, ratio])
-    columns = ["batch", *parts, "ratio" if has_bandwidths else "saved"]
-    return table("ms per token: unpatched → plugin", columns, rows)
+def _of_rank(rank: dict[str, Any]) -> dict[str, str]:
+    """A rank's row."""
+    reads, head, caches = rank["reads_bytes"][1], rank["head_bytes"], rank["cache_bytes"]
+    read = {"unpatched": reads + head, "plugin": reads + (0 if rank["rank"] else head)}
+    files = (sum(files.values()) for files in rank["downloads"].values())
+    fits = "yes" if rank["fits"]["unpatched"] else "plugin" if rank["fits"]["plugin"] else "no"
+    return {
+        "rank": str(rank["rank"]),
+        "role": rank["role"],
+        "layers": f"{rank['layers'][0]}-{rank['layers'][1] - 1}",
+        **{way: digits(rank["memory_bytes"][way] / 1e6) for way in WAYS},
+        "cache": digits(caches / 1e6) if caches else "",
+        "read": both(read, 1e6),
+        "download": both(dict(zip(WAYS, files, strict=True)), 1e6),
+        "fits": fits if rank["memory"] else "",
+    }
 
 
-def _splits_table(ways: Sequence[dict[str, Any]], has_bandwidths: bool) -> Table:
-    rows = [
-        [
-            ",".join(map(str, way["machines"])),
-            ",".join(map(str, way["layers"])),
-            ", ".join(f"{size / 1e9:,.1f}" for size in way["memory_bytes"]),
-            "yes" if way["fits"] else "no",
-            *([_ms(way["ms"])] if has_bandwidths else []),
-        ]
-        for way in ways
-    ]
-    columns = ["machines", "layers", "GB", "fits", *(["ms per token"] if has_bandwidths else [])]
-    return table("rank 0 first, with the plugin; the last row is the best", columns, rows)
+def _of_token(case: dict[str, Any]) -> dict[str, str]:
+    """A batch size's row, with the parts of the time of a token that are known."""
+    before, after = (case[way] for way in WAYS)
+    parts = {
+        part: both({way: case[way][part] for way in WAYS}) if time else ""
+        for part, time in before.items()
+    }
+    saved = digits(case["saved_ms"])
+    ratio = digits(after["ms"] / before["ms"]) if before["stages"] else ""
+    return {"batch": str(case["batch"]), **parts, "saved": saved, "ratio": ratio}
 
 
-def _splits_verdict(told: dict[str, Any]) -> Iterator[str]:
+def _of_split(way: dict[str, Any]) -> dict[str, str]:
+    """The row of a way to run the model."""
+    return {
+        "machines": commas(way["machines"]),
+        "layers": commas(way["layers"]),
+        "GB": ", ".join(f"{size / 1e9:,.1f}" for size in way["memory_bytes"]),
+        "fits": "yes" if way["fits"] else "no",
+        "ms per token": digits(way["ms"]) if way["ms"] else "",
+    }
+
+
+def _verdict(told: dict[str, Any]) -> Iterator[str]:
+    """What follows from the tables, by line."""
+    if told["splits"]:
+        yield from _verdict_of_splits(told)
+    if not told["tokens"]:
+        yield "Equal machines on fast links save memory, but no time: see --bandwidth and --link."
+        return
+    case = max(told["tokens"], key=lambda case: abs(case["saved_ms"]))
+    saved, less = digits(abs(case["saved_ms"])), "less" if case["saved_ms"] > 0 else "more"
+    expected = f"With a batch of {case['batch']} expect {saved} ms {less} per token"
+    verdict = "The plugin saves memory, but no time" if saved == digits(0) else expected
+    yield verdict + ("." if told["ranks"][0]["bandwidth"] else ", if machines are equal.")
+    yield "Arithmetic is not counted. Ranks on one GPU save more. `mlx-lm-skiphead bench` measures."
+
+
+def _verdict_of_splits(told: dict[str, Any]) -> Iterator[str]:
     given, best = told["splits"][0], told["splits"][-1]
     if not told["takes_split"]:
         yield f"This mlx-lm splits {told['family']} evenly only."
@@ -218,42 +196,11 @@ def _splits_verdict(told: dict[str, Any]) -> Iterator[str]:
     if best is given:
         yield "No other split is better, nor another order of the machines."
     else:
-        order, layers = (",".join(map(str, best[name])) for name in ("machines", "layers"))
-        split = f" --split {layers}" if told["takes_split"] else ""
+        split = f" --split {commas(best['layers'])}" if told["takes_split"] else ""
+        order = commas(best["machines"])
         yield f"The best, with the machines {order} in that order in hosts.json:"
         run = f"python -m mlx_lm_skiphead run{split} mlx_lm.server --pipeline --model ..."
         yield f"mlx.launch --hostfile hosts.json -- {run}"
     limits = " and of ".join(map(str, told["limits"]))
     limit = f"Its limit is the memory of machine {limits}" if limits else "No memory limits it"
     yield f"{limit}; machines are counted from 0."
-
-
-def _verdict(told: dict[str, Any]) -> Iterator[str]:
-    for rank in told["ranks"]:
-        if not rank["fits"]["unpatched"]:
-            way = "with the plugin only" if rank["fits"]["plugin"] else "neither way"
-            yield f"Rank {rank['rank']}'s part fits {way}."
-    if told["splits"]:
-        yield from _splits_verdict(told)
-    if not told["tokens"]:
-        yield "The time that this saves depends on the machines: see --bandwidth and --link."
-        yield "Equal machines on fast links save memory, but no time."
-        return
-    case = max(told["tokens"], key=lambda case: abs(case["saved_ms"]))
-    saved, links = case["saved_ms"], case["unpatched"]["links"] - case["plugin"]["links"]
-    less = "less" if saved > 0 else "more"
-    line = f"With a batch of {case['batch']} expect {_ms(abs(saved))} ms {less} per token"
-    line += f"; links take {_ms(links)} ms less." if told["link"] else "."
-    yield line if abs(saved) >= 0.005 else "The plugin saves memory, but no time."
-    if told["ranks"][0]["bandwidth"] is None:
-        yield "This is for equal machines."
-    yield "Times are of links and of reading weights, without arithmetic. Ranks that share a GPU"
-    yield "save more. `mlx-lm-skiphead bench` measures."
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f}"
-
-
-def _ms(time: float) -> str:
-    return f"{time:.2f}" if abs(time) < 10 else f"{time:.1f}"

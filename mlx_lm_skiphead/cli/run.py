@@ -23,19 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SPLIT, VARIABLE, requested_mode
-from .shared import Unusable, at_least, listed, new_command
+from .shared import Unusable, at_least, listed
 
 CHILDREN = str(Path(__file__).with_name("children"))
 """The folder of the ``sitecustomize`` of child processes."""
 
 
-def add_command(commands: Any) -> None:
-    """Add ``run`` to the parser's subcommands."""
-    summary = "run a module or a script with the plugin on"
-    option = new_command(commands, run, __doc__, summary).add_argument
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``run``."""
+    option = parser.add_argument
     option("-m", dest="is_module", action="store_true", help="PROGRAM is a module, as for python")
-    sizes = listed(at_least(1))
-    option("--split", type=sizes, metavar="A,...", help=f"sets {SPLIT}: layers of rank 0, 1, ...")
+    split = f"layers of rank 0, 1, ...: sets {SPLIT}"
+    option("--split", type=listed(at_least(1)), metavar="A,...", help=split)
     option("program", metavar="PROGRAM", help="a module's name or a script's path")
     option("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
 

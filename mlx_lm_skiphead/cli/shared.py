@@ -1,12 +1,13 @@
-"""What commands share: types of arguments, the error for what cannot be used, and tables."""
+"""What commands share: types of arguments, and the error for what cannot be used."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from types import ModuleType
 from typing import Any, TypeVar
-
-from rich.table import Table
 
 T = TypeVar("T")
 
@@ -15,23 +16,20 @@ class Unusable(ValueError):
     """Something that the user named cannot be used; the message is one line that says why."""
 
 
-def new_command(
-    commands: Any, run: Callable[[argparse.Namespace], int], document: str, summary: str
-) -> argparse.ArgumentParser:
-    """A new subcommand, named by the last part of the module of its `run`.
+def add_command(commands: Any, module: ModuleType) -> None:
+    """Add a module's command, which is named like it, to the subcommands of a parser.
 
-    Args:
-        commands: the subcommands of a parser.
-        run: runs it, and returns the exit code.
-        document: of the module. Its last paragraph is an example.
-        summary: a line for the list of commands.
+    The module has `add_options`, and `run`, which returns the exit code. Of its docstring, what
+    follows the first colon is the summary in the list of commands, and the last paragraph is an
+    example.
     """
-    description, _, example = document.replace("`", "").strip().rpartition("\n\n")
-    parser: argparse.ArgumentParser = commands.add_parser(
-        run.__module__.rpartition(".")[2], help=summary, description=description, epilog=example
-    )
-    parser.set_defaults(run=run)
-    return parser
+    document = (module.__doc__ or "").replace("`", "").strip()
+    description, _, example = document.rpartition("\n\n")
+    summary = description.partition(".\n\n")[0].partition(": ")[2]
+    name = module.__name__.rpartition(".")[2]
+    parser = commands.add_parser(name, help=summary, description=description, epilog=example)
+    parser.set_defaults(run=module.run)
+    module.add_options(parser)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -39,8 +37,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            wanted = f"a whole number of {least} or more"
-            raise argparse.ArgumentTypeError(f"{wanted} is needed, not {text!r}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
         return int(text)
 
     return parse
@@ -48,13 +45,10 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def above_0(text: str) -> float:
     """A number above 0, and finite."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number above 0 is needed, not {text!r}")
-    return number
+    with suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no finite number above 0")
 
 
 def listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
@@ -65,20 +59,3 @@ def listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
 def one_line(error: BaseException) -> str:
     """The type and the message of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], is_text: bool = False
-) -> Table:
-    """A table of `rows`. Columns are aligned to the right, or to the left if they have text."""
-    made = Table(title=title)
-    for column in columns:
-        made.add_column(column, justify="left" if is_text or column == "role" else "right")
-    for row in rows:
-        made.add_row(*row)
-    return made
-
-
-def both(by_way: Mapping[str, float], digits: int = 1, unit: float = 1.0) -> str:
-    """The value without the plugin and the one with it: ``"254.9 → 141.6"``."""
-    return " → ".join(f"{by_way[way] / unit:,.{digits}f}" for way in ("unpatched", "plugin"))

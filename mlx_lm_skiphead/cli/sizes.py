@@ -29,13 +29,16 @@ BLOCK = 256
 """Tokens of the prompts from which the size of a cache is known; a multiple of all steps."""
 
 
+Stage = tuple[int, int]
+"""The layers of a rank: the first one, and the one after the last."""
+
+
 class Rank(NamedTuple):
     """One rank's part of the model. Sizes are in bytes."""
 
     rank: int
     role: str
-    layers: tuple[int, int]
-    """The first one, and the one after the last."""
+    layers: Stage
     memory_bytes: dict[str, int]
     """By way, the weights that are loaded."""
     on_disk: dict[str, int]
@@ -83,14 +86,12 @@ def plan(
     for rank in range(ranks):
         part = split(folder, rank, ranks, layers)
         family, owner, stage = part.family, part.owner, part.stage
-        embedding = getattr(stage, family.embedding)
         # The graph of an embedded token. That is what all families broadcast. From stage to stage
         # deepseek_v41 and kimi_k3 send more, unpatched and with the plugin.
-        row = embedding(mx.zeros((1, 1), mx.int32)).nbytes
+        row = getattr(stage, family.embedding)(mx.zeros((1, 1), mx.int32)).nbytes
         size = size_of(part.model)
-        unread = unused(family, owner, stage)
-        on_disk = {n: size_of(family.parent_of(owner, n)[n]) for n in unread}
-        files = downloads.of_rank(folder, part)  # before `_cache` takes the rank for the only one
+        on_disk = {n: size_of(family.parent_of(owner, n)[n]) for n in unused(family, owner, stage)}
+        files = downloads.of_rank(folder, part)  # before `_caches` takes the rank for the only one
         planned.append(
             Rank(
                 rank,
@@ -108,16 +109,22 @@ def plan(
     return Plan(family.name, row, planned)
 
 
+class Size(NamedTuple):
+    """The size of a part of a model, in bytes."""
+
+    memory: int
+    """Weights and prompt caches."""
+    reads: int
+    """Weights that a step reads."""
+
+
 class Layers(NamedTuple):
     """Each layer of a model, and which of them mlx-lm lets a rank have."""
 
-    memory_bytes: list[int]
-    """Weights, and the prompt caches of the largest batch."""
-    reads_bytes: list[int]
-    """Weights that a step of the first batch size reads."""
-    stages: set[tuple[int, int]]
-    """The parts that a rank may have: the first layer, and the one after the last. Empty if this
-    mlx-lm splits models of the family evenly only."""
+    sizes: list[Size]
+    """Of each layer, with the prompt caches of the largest batch, and a step of the first one."""
+    stages: set[Stage]
+    """Those that a rank may have. Empty if this mlx-lm splits models of the family evenly only."""
 
 
 def layers(folder: Path, batches: Sequence[int] = (1,), context: int = 0) -> Layers:
@@ -126,25 +133,26 @@ def layers(folder: Path, batches: Sequence[int] = (1,), context: int = 0) -> Lay
     every, stages = list(part.stage.layers), set()
     places = combinations(range(len(every) + 1), 2)
     for first, end in places if "split" in signature(part.stage.pipeline).parameters else ():
-        sizes = [size for size in (len(every) - end, end - first, first) if size]
+        counts = [count for count in (len(every) - end, end - first, first) if count]
         with suppress(ValueError):  # of layers that cannot be a part
-            part.stage.pipeline(group_of(int(end < len(every)), len(sizes)), sizes)
+            part.stage.pipeline(group_of(int(end < len(every)), len(counts)), counts)
             stages.add((first, end))
         part.stage.layers = list(every)
     part.stage.pipeline(group_of(0, 1))
-    reads = [_reads(part, layer, batches[0]) for layer in every]
-    caches = [max(batches) * cache for cache in _caches(part, context)] or [0] * len(every)
-    weights = map(size_of, every)
-    return Layers([sum(each) for each in zip(weights, caches, strict=True)], reads, stages)
+    caches = _caches(part, context) or [0] * len(every)
+    sizes = [
+        Size(size_of(layer) + max(batches) * cache, _reads(part, layer, batches[0]))
+        for layer, cache in zip(every, caches, strict=True)
+    ]
+    return Layers(sizes, stages)
 
 
 def _reads(part: Split, top: Any, batch: int) -> int:
     """Bytes that a step reads of the modules in `top`."""
-    config, total = part.config, 0.0
-    places = config, config.get("text_config", {}), config.get("language_config", {})
-    keys = "num_experts_per_tok", "num_experts_per_token"
-    used = next((place[key] for place in places for key in keys if place.get(key)), None)
-    embedding = getattr(part.stage, part.family.embedding)
+    nested = part.config.get("text_config") or part.config.get("language_config") or {}
+    config = {**part.config, **nested}
+    used = config.get("num_experts_per_tok") or config.get("num_experts_per_token")
+    embedding, total = getattr(part.stage, part.family.embedding), 0.0
     for module in top.modules():
         if module is embedding:
             continue  # one row of it, on one rank
@@ -164,26 +172,18 @@ def _caches(part: Split, tokens: int) -> list[int]:
     tokens only. Not counted: the copies of another rank's groups that deepseek_v41 keeps.
     """
     part.stage.pipeline_rank, part.stage.pipeline_size = 0, 1  # its own layers, nothing sent
-    sizes = []
-    blocks = (_cache(part, BLOCK), _cache(part, 2 * BLOCK)) if tokens else ((), ())
-    for layer in zip(*blocks, strict=True):
-        total = 0.0
-        for one, two in zip(*(getattr(cache, "caches", (cache,)) for cache in layer), strict=True):
-            growth = (two.nbytes - one.nbytes) / BLOCK
-            if window := getattr(one, "max_size", None):
-                total += growth * min(tokens, window)
-            else:
-                step = getattr(one, "step", 1)
-                total += one.nbytes + growth * (math.ceil(tokens / step) * step - BLOCK)
-        sizes.append(round(total))
-    return sizes
-
-
-def _cache(part: Split, tokens: int) -> list[Any]:
-    """The cache of a prompt, by layer. It is never computed."""
-    cache: Any = make_prompt_cache(part.model)
+    caches: list[Any] = [make_prompt_cache(part.model) for _ in range(2 if tokens else 0)]
     try:
-        part.owner(mx.zeros((1, tokens), mx.int32), cache=cache)
+        for blocks, cache in enumerate(caches, start=1):
+            part.owner(mx.zeros((1, blocks * BLOCK), mx.int32), cache=cache)  # never computed
     except RuntimeError as error:  # a kernel of the family's that is for another backend
         raise Unusable(f"--context: {part.family.name} does not run here: {error}") from error
-    return list(cache)
+    sizes = []
+    for layer in zip(*caches, strict=True):
+        total = 0.0
+        for one, two in zip(*(getattr(cache, "caches", (cache,)) for cache in layer), strict=True):
+            window, step = getattr(one, "max_size", None), getattr(one, "step", 1)
+            kept = min(tokens, window) if window else math.ceil(tokens / step) * step
+            total += one.nbytes + (two.nbytes - one.nbytes) / BLOCK * (kept - BLOCK)
+        sizes.append(round(total))
+    return sizes

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from .sizes import Layers, Plan
+from .sizes import Layers, Plan, Size, Stage
 
 TIE, EVEN = 1e-5, 1e-10
 """In ms: a difference that is none; and what counts for the square of the number of a rank's
@@ -35,17 +35,6 @@ class Machine(NamedTuple):
     def holds(self, size: float) -> bool:
         """Whether so many bytes fit into its memory."""
         return size <= 1e9 * (self.memory or math.inf)
-
-
-Stage = tuple[int, int]
-"""The layers of a rank: the first one, and the one after the last."""
-
-
-class Size(NamedTuple):
-    """Of a part of a model, bytes in memory, and bytes that a step reads."""
-
-    memory: int
-    reads: int
 
 
 class Way(NamedTuple):
@@ -95,17 +84,18 @@ class Search(NamedTuple):
             order: by rank the number of its machine; any order if it is empty.
             unlimited: the number of a machine whose memory does not count.
         """
-        count = len(self.machines)
         # By the machines taken, as bits, and how many layers they have: ms, machines and stages.
         found: dict[tuple[int, int], tuple[float, tuple[int, ...], tuple[Stage, ...]]]
         found = {(0, 0): (0.0, (), ())}
-        for rank in reversed(range(count)):
+        for rank in reversed(range(len(self.machines))):
             parts = defaultdict(list)
             for stage in self.stages[rank]:
                 parts[stage[0]].append((stage, self.part(rank, stage)))
             reached, found = found, {}
             for (taken, done), (ms, chosen, stages) in reached.items():
-                for number in order[rank : rank + 1] or self._free(taken):
+                # Of equal machines the last one, so that they stay in order.
+                free = {m: n for n, m in enumerate(self.machines) if not taken >> n & 1}
+                for number in order[rank : rank + 1] or list(free.values()):
                     machine = self.machines[number]
                     for stage, part in parts[done]:
                         if number != unlimited and not machine.holds(part.memory):
@@ -116,11 +106,6 @@ class Search(NamedTuple):
                             found[key] = total, (number, *chosen), (stage, *stages)
         ended = [way for (_, done), way in found.items() if done == len(self.layers)]
         return self.way(*min(ended)[1:]) if ended else None
-
-    def _free(self, taken: int) -> Sequence[int]:
-        """The machines that are not taken: of equal ones the last, so that they stay in order."""
-        free = {m: number for number, m in enumerate(self.machines) if not taken >> number & 1}
-        return list(free.values())
 
     def limits(self, way: Way) -> list[int]:
         """The machines, by number, with more memory for which another split would be faster."""
@@ -137,15 +122,14 @@ def search(planned: Plan, layers: Layers, machines: Sequence[Machine], batch: in
         machines: as many as ranks, in any order.
         batch: the batch size whose time counts, the first one.
     """
-    sizes = [Size(*each) for each in zip(layers.memory_bytes, layers.reads_bytes, strict=True)]
     besides = []
     for rank in planned.ranks:
-        own = Size(*map(sum, zip(*sizes[slice(*rank.layers)], strict=True)))
+        own = Size(*map(sum, zip(*layers.sizes[slice(*rank.layers)], strict=True)))
         memory = rank.memory_bytes["plugin"] + rank.cache_bytes
         reads = rank.reads_bytes[batch] + (0 if rank.rank else rank.head_bytes)
         besides.append(Size(memory - own.memory, reads - own.reads))
     stages = [layers.stages or {rank.layers} for rank in planned.ranks]
-    return Search(machines, sizes, besides, stages)
+    return Search(machines, layers.sizes, besides, stages)
 
 
 def compare(look: Search, given: Sequence[Stage]) -> tuple[list[Way], list[int]]:

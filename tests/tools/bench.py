@@ -28,14 +28,15 @@ from mlx_lm_skiphead.cli import bench, ranks
 from mlx_lm_skiphead.cli.formula import Link, token
 from mlx_lm_skiphead.cli.models import family_of
 from mlx_lm_skiphead.cli.ranks import WAYS
-from mlx_lm_skiphead.cli.shared import table
+from mlx_lm_skiphead.cli.shared import add_command
+from mlx_lm_skiphead.cli.tables import digits, show, table
 
 LINKS = Path(__file__).with_name("simulated_links.py")
 
 
 def main() -> int:
     commands = argparse.ArgumentParser(prog="tests/tools/bench.py").add_subparsers()
-    bench.add_command(commands)
+    add_command(commands, bench)
     parser = commands.choices["bench"]
     option = parser.add_argument_group("instruments").add_argument
     option("--link-delay", type=float, default=0, metavar="MS", help="added to each message")
@@ -53,13 +54,7 @@ def main() -> int:
     cases = [case for case in told["cases"] if case["ratio"]]
     if arguments.plan and all(told["memory"]):
         predict(told)
-    if arguments.json:
-        print(json.dumps(told, default=str))
-    else:
-        console = Console(highlight=False)
-        bench.report(console, told)
-        if arguments.plan and cases:
-            report_plan(console, told, cases)
+    show(arguments.json, told, report)
     if arguments.plot and cases:
         from plot import draw
 
@@ -101,16 +96,22 @@ def predict(told: dict[str, Any]) -> None:
         case["planned"] = {way: token(times, row, link, case["batch"], way).ms for way in WAYS}
 
 
+def report(console: Console, told: dict[str, Any]) -> None:
+    bench.report(console, told)
+    if planned := [case for case in told["cases"] if case["ratio"] and "planned" in case]:
+        report_plan(console, told, planned)
+
+
 def report_plan(console: Console, told: dict[str, Any], cases: list[dict[str, Any]]) -> None:
     latency, rate = told["memory"][0]["link"]
     rows = []
     for case in cases:
         planned = case["planned"]
-        ratio = f"{planned['plugin'] / planned['unpatched']:.2f}"
-        times = [f"{planned[way]:.1f}" for way in WAYS]
-        rows.append([str(case["batch"]), str(case["prompt"]), *times, ratio])
-    columns = ("batch", "prompt", *WAYS, "plugin / unpatched")
-    console.print(table("planned ms per token", columns, rows))
+        sizes = {name: str(case[name]) for name in ("batch", "prompt")}
+        times = {way: digits(planned[way]) for way in WAYS}
+        ratio = digits(planned["plugin"] / planned["unpatched"])
+        rows.append({**sizes, **times, "plugin / unpatched": ratio})
+    console.print(table("planned ms per token", rows))
     links = f"{1000 * rate:.4g} Mbit/s and {latency:.2f} ms" if rate else f"{latency:.2f} ms"
     console.print(f"From the layers and the head of each rank alone, and links of {links}.")
 
