@@ -1,4 +1,4 @@
-"""Layers are split as ``MLX_LM_SKIPHEAD_SPLIT`` says, and ranks with other layers do not differ.
+"""Layers are split as ``MLX_LM_SKIPHEAD_SPLIT`` says, and such ranks agree about prompt caches.
 
 mlx-lm gives all ranks as many layers. Since 0.32.2 a model's ``pipeline(group, split=[...])`` takes
 other numbers, but nothing in mlx-lm gives it any. Here the split of the variable is handed on,
@@ -33,7 +33,7 @@ from .fetching import loading
 log = logging.getLogger("mlx_lm_skiphead")
 
 _stages: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-"""By id, the pipelined models that have been split; each has a `_trimmable_until`."""
+"""By id, the pipelined models that the variable has split; each has its `_trimmable_until`."""
 _UNTIL = "_skiphead_trimmable_until"
 
 
@@ -46,7 +46,6 @@ def on_pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
     """
     parameters = inspect.signature(wrapped)
     given = parameters.bind(*args, **kwargs).arguments
-    until = _trimmable_until(on_disk.owner_of(stage))
     if config.split is not None and given.get("split") is None:
         try:
             if "split" not in parameters.parameters:
@@ -58,9 +57,9 @@ def on_pipeline(wrapped: Any, stage: Any, args: Any, kwargs: Any) -> Any:
             error.args = (f"{config.SPLIT}={','.join(map(str, config.split))}: {error}",)
             log.critical("%s", error)  # a server's thread may be what loads
             raise
+        vars(stage)[_UNTIL] = _trimmable_until(on_disk.owner_of(stage))
+        _stages[id(stage)] = stage
     result = wrapped(**given)
-    vars(stage)[_UNTIL] = until
-    _stages[id(stage)] = stage
     loading.is_split = True
     return result
 
@@ -89,12 +88,11 @@ def _trimmable_until(owner: Any) -> float:
 
 
 def on_is_trimmable(wrapped: Any, cache: Any, args: Any, kwargs: Any) -> bool:
-    """The wrapper of ``is_trimmable()`` of prompt caches, by all layers of all pipelined models.
+    """The wrapper of ``is_trimmable()`` of prompt caches, by all layers of the models in `_stages`.
 
-    A prompt cache does not know its model. Without a split of the variable it is upstream's.
+    A prompt cache does not know its model.
     """
-    stages = list(_stages.values()) if config.split else []
-    until = min((vars(stage)[_UNTIL] for stage in stages), default=math.inf)
+    until = min((vars(stage)[_UNTIL] for stage in list(_stages.values())), default=math.inf)
     return bool(wrapped(*args, **kwargs)) and cache.offset < until
 
 
