@@ -298,6 +298,8 @@ def errors():
             ([], [], {"sampler": make_sampler(0.8)}),
             ([looks], [], {}),
             ([], [looks], {"sampler": make_sampler(0.8)}),
+            # Behind the call that fails, in the same step: keys are too short to be quantized.
+            ([], [], {"kv_bits": 8, "kv_group_size": 64, "quantized_kv_start": len(PROMPT) + 3}),
         ):
             seen = []
             try:
