@@ -82,11 +82,11 @@ def note_loads() -> None:
         modules = [o for o in gc.get_objects() if isinstance(o, nn.Module)]
         found["models"] = sum(type(module).__name__ == "Model" for module in modules)
         if plugin := sys.modules.get("mlx_lm_skiphead.installing"):
+            from mlx_lm_skiphead.patching import registry
             from mlx_lm_skiphead.ranks import watch
-            from mlx_lm_skiphead.skipping import sharing
 
             found["status"] = [str(model) for model in plugin.status().models]
-            found["noted"] = len(watch.under_way()) + sharing.generations()
+            found["noted"] = len(watch.under_way()) + registry.generations()
         return found
 
     def noting(*args: Any, **kwargs: Any) -> Any:

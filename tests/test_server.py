@@ -292,7 +292,7 @@ def test_models_are_swapped_as_unpatched(machines: Path) -> None:
             # Upstream's server keeps the model before while it loads the next one.
             for state in (load["left"], load.get("loaded", load["left"])):
                 assert len(state["status"]) == state["models"] <= 2, load
-                assert all(f", rank {rank} of 2: " in model for model in state["status"])
+                assert all(f", rank {rank} of 2, layers " in model for model in state["status"])
                 assert state["noted"] == 0  # nothing is under way
         names = [load["model"] for load in after]
         alike = names.index(FAIL_ON_ONE[0])

@@ -252,5 +252,5 @@ def test_the_server(tmp_path):
     options = {"count": 2, "plugin": True, "split": "1,3"}
     with serving.server(tmp_path, *OPTIONS, **options) as server:
         assert asked(server) == right
-        head, worker = server.heads()
+        head, worker = server.reported()
         assert head > 0 and worker == 0
