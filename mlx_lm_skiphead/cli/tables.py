@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,8 @@ def table(title: str, rows: Sequence[Mapping[str, str]], is_text: bool = False) 
     made = Table(title=title)
     columns = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
     for column in columns:
-        made.add_column(column, justify="left" if is_text or column == "role" else "right")
+        justify: Literal["left", "right"] = "left" if is_text or column == "role" else "right"
+        made.add_column(column, justify=justify, overflow="fold")  # no digit is left out
     for row in rows:
         made.add_row(*(row[column] for column in columns))
     return made
