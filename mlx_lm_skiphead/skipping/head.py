@@ -78,8 +78,9 @@ def model_call(family: Family) -> Wrapper:
             LOOPS_MODULE, "mlx_lm.", "wrapt.", __package__
         ):
             run.begin()  # other packages have wrapped the model
-        flat: Any = tree_flatten([out])
-        run.step.vocabulary = next(a.shape[-1] for _, a in flat if isinstance(a, mx.array))
+        if run.stage is not None:  # a loop of one's own may share other numbers than ids
+            flat: Any = tree_flatten([out])
+            run.step.vocabulary = next(a.shape[-1] for _, a in flat if isinstance(a, mx.array))
         if not run.is_worker:
             return out
         return tree_map(lambda a: not_computed(a) if isinstance(a, mx.array) else a, out)

@@ -243,7 +243,8 @@ def steps(
         loop.close()
         if isinstance(error, GeneratorExit) or run.has_failed:
             run.finish(stream)
-        elif run.step.errors:  # upstream would not have come as far as this error
+        elif run.step.errors and isinstance(error, Exception):
+            # Upstream would not have come as far as this error. Ctrl-C counts at once.
             raise next(iter(run.step.errors.values())) from None
         raise
     finally:

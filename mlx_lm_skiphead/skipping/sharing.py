@@ -263,9 +263,8 @@ class Run:
         with mx.stream(mx.cpu) if _waits_by_spinning() else nullcontext():
             ids = everyone[: tokens.size]
             # A lost peer leaves random memory in the place of its ids, and on a CPU embedding that
-            # would end this process before MLX raises. (A loop of one's own may share other numbers
-            # than ids.)
-            if self.stage is not None and step.vocabulary and mx.default_device() == mx.cpu:
+            # would end this process before MLX raises.
+            if step.vocabulary and mx.default_device() == mx.cpu:
                 ids = mx.minimum(ids, step.vocabulary - 1)
             self._ids = ids.reshape(shape).astype(tokens.dtype)
         return self._ids
