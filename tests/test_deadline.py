@@ -33,7 +33,8 @@ def test_a_rank_that_is_stopped(stops: int, where: str, tmp_path: Path) -> None:
     done = ranks.launch(SCRIPT, *arguments, ranks=3, env=ON, timeout=60, check=False)
     (stopped,) = re.findall(r"== ([\d.]+) stops", done.stderr)
     assert time.time() - float(stopped) < 15
-    said = re.findall(r"mlx-lm-skiphead: rank (\d) of 3, (.*?): [67] s for (.*); (.*)", done.stderr)
+    line = r"mlx-lm-skiphead: rank (\d) of 3, (.*?): [6-9] s for (.*); (.*)"
+    said = re.findall(line, done.stderr)
     # The other one may have been ended by mlx.launch by then, or by a lost connection.
     assert said and str(stops) not in [rank for rank, *_ in said], done.stderr
     for rank, step, what, end in said:

@@ -492,7 +492,7 @@ def test_links_that_stand_still(tmp_path: Path) -> None:
     script.write_text(LATE)
     env = {"MLX_LM_SKIPHEAD_WATCH": "2"}
     done = ranks.launch(script, str(tmp_path / "told"), ranks=2, env=env, timeout=90)
-    waits = r"rank 0, links: has waited 2 s for what rank 1 sends in step 0; usually another rank"
+    waits = "rank 0, links: has waited [2-4] s for what rank 1 sends in step 0; usually another"
     assert re.search(waits, done.stderr), done.stderr
     assert "2 ranks agree." in done.stdout
 

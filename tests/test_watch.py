@@ -47,13 +47,13 @@ def test_what_is_said_is_true():
         told, went_on = stopped[rank]
         # A worker has built the next step while it waits for the token of the one before.
         assert re.match(
-            rf"rank {rank} of 3, step [3-6], batch 1: [23] s for {what}; usually an", told
+            rf"rank {rank} of 3, step [3-6], batch 1: [2-5] s for {what}; usually an", told
         )
         assert went_on.startswith(told.partition(";")[0]) and "went on after" in went_on
     assert "Thread 0x" in done.stderr and "rank_watch.py" in done.stderr  # the stacks
     callback = lines(done.stderr, "callback")
     assert callback["1"][0].endswith("s for a callback of the program")
-    assert "prompt, chunk 1 of 1: 2 s for hidden states of rank 1" in callback["0"][0]
+    assert re.search("prompt, chunk 1 of 1: [2-4] s for hidden states of rank 1", callback["0"][0])
     # With a deadline of half the naps that all ranks take.
     assert not lines(done.stderr, "busy")
     assert not lines(done.stderr, "slow chunks")
@@ -67,9 +67,10 @@ def test_what_is_said_is_true():
         told, with_stacks, went_on = stopped["0"]
         # Rank 1 may have built a chunk, and not yet sent the ones before.
         where = r"rank 0 of 3, prompt, chunk [4-6] of 10: {} s for hidden states of rank 1"
-        assert re.match(where.format(1) + "; usually an[^;]*$", told)
-        assert re.match(where.format("[34]") + "; usually an.*; the stacks of all", with_stacks)
-        assert re.match(where.format("[34]") + ": went on after [45] s", went_on)
+        # A busy machine may look, and go on, a few seconds late; never early.
+        assert re.match(where.format("[1-9]") + "; usually an[^;]*$", told)
+        assert re.match(where.format("[3-9]") + "; usually an.*; the stacks of all", with_stacks)
+        assert re.match(where.format("[3-9]") + r": went on after ([4-9]|1\d) s", went_on)
 
 
 @pytest.mark.parametrize("off", ["0", "1"])
