@@ -1,4 +1,4 @@
-"""What the tests share: their own folder on sys.path, and the real model.
+"""What the tests share: the folders whose modules they import, and the real model.
 
 The model is made once and kept: in the folder MLX_LM_SKIPHEAD_TEST_CACHE, else in the user's
 cache. Without it the tests that need it fail; they are not skipped.
@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+for room in ("tools", "ranks"):
+    sys.path.insert(0, str(Path(__file__).resolve().with_name(room)))
 
 # In the background of a shell SIGINT is ignored, also by what is started there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,7 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def real_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct as a qwen2 checkpoint (tests/smollm2.py)."""
+    """The folder of SmolLM2-135M-Instruct as a qwen2 checkpoint (tests/tools/smollm2.py)."""
     # Here, so that tests without the model do not import mlx into the process that runs them.
     from smollm2 import smollm2
 

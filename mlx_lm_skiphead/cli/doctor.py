@@ -42,7 +42,7 @@ Report = dict[str, Any]
 
 KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text())
 """What is known of versions. ``tested``: those of mlx-lm with which all is tested
-(tests/versions.py). ``faults``: versions of mlx with a fault, and ``why`` that counts; with a
+(tests/tools/versions.py). ``faults``: versions of mlx with a fault, and ``why`` that counts; with a
 ``setting``, a variable, only if that is set."""
 BACKENDS = ("ring", "jaccl", "mpi", "nccl")
 HARMLESS = {"Python", "mlx", "packaging", "rich", "wrapt", "settings of mlx"}

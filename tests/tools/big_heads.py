@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import qwen2
 from mlx_lm.utils import quantize_model
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # what the tests share
+sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))  # what the tests share
 
 import tiny_checkpoint
 

@@ -23,7 +23,7 @@ from urllib.error import HTTPError
 
 from mlx_lm_skiphead.cli.ranks import WAYS, RankFailed, free_ports, running
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # what the tests share
+sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))  # what the tests share
 
 import tiny_checkpoint
 import warm

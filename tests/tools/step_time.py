@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for tiny_models
+sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))  # for tiny_models
 
 FAMILY = "deepseek_v3"
 STEPS, SECONDS, BATCH = 500, 10, 8

@@ -421,7 +421,7 @@ LINKS = ["doctor", "--links"]
 
 def test_a_slow_link_is_measured() -> None:
     delay = 60.0
-    launcher = Path(__file__).with_name("tools") / "simulated_links.py"
+    launcher = Path(__file__).parents[1] / "tools" / "simulated_links.py"
     done = subprocess.run(
         [
             *(sys.executable, str(launcher), "-n", "2", "--delay", str(delay)),

@@ -26,7 +26,7 @@ sys.exit(int(sys.argv[1]))
 
 def run(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "MLX_LM_SKIPHEAD"} | variables
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     return subprocess.run(
         arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
     )
@@ -209,7 +209,7 @@ def test_children_are_switched_on_by_run_only(folder: Path) -> None:
     hidden = folder / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text("print('hidden', __file__)\n")
-    path = os.pathsep.join([str(hidden), str(Path(__file__).parents[1])])
+    path = os.pathsep.join([str(hidden), str(Path(__file__).parents[2])])
     said = f"hidden {hidden / 'sitecustomize.py'}\n"
 
     def output(*command: str, **variables: str) -> str:

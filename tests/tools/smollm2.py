@@ -6,7 +6,7 @@ Llama is a qwen2 whose q, k and v biases are zero, and qwen2 is pipelined. Two t
 disk: GGUF has the rows of q and k in the order of an interleaved rope, and qwen2's rope rotates
 halves; and the weights become float32 here, since quantized products are slow on a CPU.
 
-    python tests/smollm2.py OUT_DIR
+    python tests/tools/smollm2.py OUT_DIR
 
 writes the checkpoint (540 MB in a few safetensors files) into OUT_DIR; `smollm2` keeps it in a
 cache. Left out: any other model, and the quantizations that GGUF has besides the one in use.

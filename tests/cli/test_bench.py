@@ -22,7 +22,7 @@ from mlx_lm_skiphead.cli.bench import interval
 from mlx_lm_skiphead.cli.ranks import RankFailed, free_ports, records, running
 
 BENCH = ("-m", "mlx_lm_skiphead", "bench")
-INSTRUMENTS = (str(Path(__file__).with_name("tools") / "bench.py"),)
+INSTRUMENTS = (str(Path(__file__).parents[1] / "tools" / "bench.py"),)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import slow_links
 import warm
-from tools import slow_links
 
 
 def test_a_token_costs_one_latency_a_rank(tmp_path: Path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import ranks
 import warm
 
 import mlx_lm_skiphead
@@ -27,7 +28,7 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Run `code` in a new process with the variable set to `value`, or unset."""
     environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)  # for tiny_models
+    environment["PYTHONPATH"] = str(ranks.TESTS)  # for tiny_models
     if value is not None:
         environment[VARIABLE] = value
     done = subprocess.run(

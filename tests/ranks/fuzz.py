@@ -8,9 +8,9 @@ stands still, is done again on fresh ranks: alone, or else after those before it
 come again is counted apart, and so is one in which unpatched differs from itself. Another is made
 smaller by leaving things out, and printed with the command that does it again.
 
-    python tests/fuzz.py --minutes 60
-    python tests/fuzz.py --only 1234
-    python tests/fuzz.py --program '{"ranks": 2, "case": "qwen2-tied", "steps": [...]}'
+    python tests/ranks/fuzz.py --minutes 60
+    python tests/ranks/fuzz.py --only 1234
+    python tests/ranks/fuzz.py --program '{"ranks": 2, "case": "qwen2-tied", "steps": [...]}'
 
 Left out, as README.md says that they differ: what decides by values of logits on workers. Left out
 since unpatched stands still or differs from itself: lazy collectives in speculation or two of them
@@ -380,7 +380,7 @@ class Fuzzer:
             self.count("differences that do not come again")
             return
         self.count("differences")
-        print(f'python tests/fuzz.py --program "{program}"\n', flush=True)
+        print(f'python tests/ranks/fuzz.py --program "{program}"\n', flush=True)
 
     def count(self, what: str) -> None:
         self.counts[what] += 1

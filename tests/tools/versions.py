@@ -1,4 +1,4 @@
-"""``python tests/versions.py [VERSION ...]``: tests on real ranks for each mlx-lm we support.
+"""``python tests/tools/versions.py [VERSION ...]``: tests on real ranks for each mlx-lm we support.
 
 Each in an environment of its own, which is kept in MLX_LM_SKIPHEAD_TEST_CACHE, or else in the
 user's cache. Prints a table, and exits with 1 if a test failed.
@@ -17,8 +17,11 @@ from pathlib import Path
 VERSIONS = {"0.31.3": "0.31.2", "0.32.0": "0.32.2", "0.32.1": "0.32.4", "0.32.2": "0.32.4"}
 """Of mlx-lm, each with an mlx that fits: 0.32.1 needs a newer one than it says."""
 
-PROJECT = Path(__file__).resolve().parents[1]
-TESTS = ("switch", "families", "loop", "agreement", "fetch", "split")
+PROJECT = Path(__file__).resolve().parents[2]
+TESTS = (
+    "unit/test_switch",
+    *(f"ranks/test_{t}" for t in ("families", "loop", "agreement", "fetch", "split")),
+)
 CACHE = Path(
     os.environ.get("MLX_LM_SKIPHEAD_TEST_CACHE") or Path.home() / ".cache" / "mlx-lm-skiphead-tests"
 )
@@ -60,7 +63,7 @@ def main(versions: list[str]) -> int:
                 "-m",
                 "pytest",
                 *("-q", "-n", "2"),
-                *(PROJECT / "tests" / f"test_{t}.py" for t in TESTS),
+                *(PROJECT / "tests" / f"{t}.py" for t in TESTS),
             ],
             cwd=CACHE,  # not the project's folder: what is installed is tested
             capture_output=True,
