@@ -4,7 +4,8 @@ With ``MLX_LM_SKIPHEAD=1`` in the environment of every rank, importing this pack
 after mlx-lm is all. See `install` for switching it on in code, and README.md.
 
 To read the code, begin with families.py, then skipping/: sharing.py, head.py, programs.py,
-loops.py, own_loop.py, speculation.py. installing.py puts the table of patches together.
+loops.py, own_loop.py, speculation.py. weights/ has what stays on disk, and uneven splits; ranks/ the
+comparison of ranks and the watch. installing.py puts the table of patches together.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .patching.registry import SkipheadError
     from .skipping.own_loop import rank_zero_head, share_tokens
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "SkipheadError",
     "Status",
