@@ -4,8 +4,8 @@ With ``MLX_LM_SKIPHEAD=1`` in the environment of every rank, importing this pack
 after mlx-lm is all. See `install` for switching it on in code, and README.md.
 
 To read the code, begin with families.py, then skipping/: sharing.py, head.py, programs.py,
-loops.py, own_loop.py, speculation.py. weights/ has what stays on disk, and uneven splits; ranks/ the
-comparison of ranks and the watch. installing.py puts the table of patches together.
+loops.py, own_loop.py, speculation.py. weights/ has what stays on disk, and uneven splits; ranks/
+the comparison of ranks, and the watch. installing.py puts the table of patches together.
 """
 
 from __future__ import annotations
