@@ -6,6 +6,7 @@ cache. Without it the tests that need it fail; they are not skipped.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ import pytest
 
 for room in ("tools", "ranks"):
     sys.path.insert(0, str(Path(__file__).resolve().with_name(room)))
+
+kernels = importlib.import_module("kernels")
+kernels.faster()
 
 # In the background of a shell SIGINT is ignored, also by what is started there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
