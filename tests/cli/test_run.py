@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -186,17 +187,29 @@ sys.exit(main(["run", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize("how", ["spawn", "forkserver", "fork", "subprocess"])
-def test_a_worker_in_another_process(how: str, tmp_path: Path) -> None:
-    program, runs = tmp_path / "program.py", tmp_path / "runs.py"
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("worker") / "program.py"
     program.write_text(WORKER)
+    return program
+
+
+@pytest.fixture(scope="module")
+def without_run(program: Path) -> Any:
+    return ranks.launch(program, "subprocess", ranks=2).results
+
+
+@pytest.mark.parametrize("how", ["spawn", "forkserver", "fork", "subprocess"])
+def test_a_worker_in_another_process(
+    how: str, program: Path, without_run: Any, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs.py"
     runs.write_text(RUNS)
     cold = {"PYTHONUNBUFFERED": "1"}  # a warm Python begins without sitecustomize
-    plain = ranks.launch(program, how, ranks=2, env=cold).results
     told = ranks.launch(runs, str(program), how, ranks=2, env=cold).results
-    (tokens, heads), *_ = plain
+    (tokens, heads), *_ = without_run
     assert heads == 7  # mlx-lm computes one token more than it gives out
-    assert plain == [[tokens, heads]] * 2
+    assert without_run == [[tokens, heads]] * 2
     assert told == [[tokens, heads], [tokens, 0]]
 
 
