@@ -2,14 +2,20 @@
 
 Importing mlx-lm takes 2 s of a core, nearly all of it for packages that have nothing to do with
 what is tested (transformers reads 1,600 of its files). `python()` is an executable that is called
-as Python is, with a script, ``-m`` or ``-c``. It passes them, its environment and its standard
-streams to a server of this test session, which forks; the fork runs the script as ``__main__`` and
-ends as Python does. Its exit status, and signals, are passed on. Ended by force, it takes the fork
-along.
+as Python is, with a script, ``-m`` or ``-c``:
+
+    executable (warm_client.py)         server     its fork     the fork's fork
+    arguments, environment, streams --> forks  --> forks    --> runs the script as __main__
+    signals                         --------------------------> and ends as Python does
+    exit status                     <------------- waits    <--
+    (killed)                        -------------> kills    -->
 
 mlx-lm and the plugin are not among what has been imported: a script imports them in its own order.
 Rank 0 and the other ranks are forked from two servers, since their hashes of strings differ too
 where ranks are started one by one. Linux only.
+
+The fork server of `multiprocessing` would not do: what it starts ends without `atexit`, and after
+a KeyboardInterrupt with exit code 1, unlike a script.
 """
 
 from __future__ import annotations
@@ -30,31 +36,12 @@ import sys
 import tempfile
 import types
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 PACKAGES = ("numpy", "mlx.core", "mlx.nn", "huggingface_hub", "transformers", "jinja2")
-MESSAGE = 1 << 17
-EXECUTABLE = "WARM_PYTHON"
+MESSAGE = 1 << 17  # bytes of arguments, environment and folder, at most
 JOIN = "WARM_JOIN"
 """A variable: ranks of a ring begin with `ranks.join`, so that they do not wait by spinning."""
-
-CLIENT = """
-import json, os, signal, socket, sys
-link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-link.connect("FOLDER/" + ("0" if os.environ.get("MLX_RANK", "0") == "0" else "1"))
-environment = os.environ | {"EXECUTABLE": "FOLDER/python"}
-said = json.dumps([sys.argv[1:], environment, os.getcwd()]).encode()
-socket.send_fds(link, [said], [0, 1, 2])
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1)
-for number in PASSED_ON:
-    signal.signal(number, lambda number, _: link.send(b"%d" % number))
-status = int(link.recv(16) or b"9")
-if os.WIFSIGNALED(status):
-    for number in PASSED_ON:
-        signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), os.WTERMSIG(status))
-os._exit(os.waitstatus_to_exitcode(status))
-"""
 
 
 def python() -> str:
@@ -70,78 +57,60 @@ def command_line(*arguments: str) -> list[str]:
 
 @functools.cache
 def _start() -> str:
+    """Starts the servers, which end when this process does."""
     folder = tempfile.TemporaryDirectory(prefix="warm-")
+    atexit.register(folder.cleanup)
+    for name in ("0", "1"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(os.path.join(folder.name, name))
+            listener.listen(64)
+            command = [sys.executable, "-u", __file__, str(listener.fileno())]
+            server = subprocess.Popen(
+                command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True
+            )
+        atexit.register(server.communicate)  # closes its standard input, and waits
     file = Path(folder.name, "python")
-    client = Path(folder.name, "client.py")
-    client.write_text(CLIENT.replace("FOLDER", folder.name).replace("EXECUTABLE", EXECUTABLE))
-    file.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{client}" "$@"\n')
+    client = Path(__file__).with_name("warm_client.py")
+    file.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{client}" "{folder.name}" "$@"\n')
     file.chmod(0o700)
     launch = Path(sys.executable).with_name("mlx.launch")
     if launch.exists():  # which is looked for beside a Python
         Path(folder.name, launch.name).symlink_to(launch)
-    for name in ("0", "1"):
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(os.path.join(folder.name, name))
-        listener.listen(64)
-        # Ends when this process does: its standard input is a pipe from here.
-        command = [sys.executable, __file__, str(listener.fileno())]
-        server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True
-        )
-        listener.close()
-        atexit.register(_end, server)
-    atexit.register(folder.cleanup)
     return str(file)
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
-    assert server.stdin is not None
-    server.stdin.close()
-    server.wait()
+def serve(listener: socket.socket) -> list[Any]:
+    """Forks for each client. Returns in the fork's fork: arguments, environment and folder."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that no fork stays as a zombie
+    while 0 not in select.select([0, listener], [], [])[0]:  # until the session ends
+        link, _ = listener.accept()
+        with link:
+            if os.fork() == 0:
+                listener.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                return attend(link)
+    sys.exit()
 
 
-class Fork(NamedTuple):
-    pid: int
-    link: socket.socket
-
-
-def serve(listener: socket.socket) -> Any:
-    """Forks for each that connects. Returns in the fork: arguments, environment and folder."""
-    forks: dict[int, Fork] = {}
-    """By pidfd."""
-    while True:
-        links = {fork.link: fork for fork in forks.values() if fork.link.fileno() != -1}
-        for ready in select.select([0, listener, *links, *forks], [], [])[0]:
-            if ready == 0:  # the session has ended
-                for fork in forks.values():
-                    os.kill(fork.pid, signal.SIGKILL)
-                sys.exit()
-            elif ready is listener:
-                link, _ = listener.accept()
-                said, streams, _, _ = socket.recv_fds(link, MESSAGE, 3)
-                pid = os.fork()
-                if pid == 0:
-                    for at, stream in enumerate(streams):
-                        os.dup2(stream, at)
-                    os.closerange(3, max([*streams, *forks, link.fileno()]) + 1)
-                    return json.loads(said)
-                for stream in streams:
-                    os.close(stream)
-                forks[os.pidfd_open(pid)] = Fork(pid, link)
-            elif ready in forks:
-                fork = forks.pop(ready)
-                os.close(ready)
-                _, status = os.waitpid(fork.pid, 0)
-                with contextlib.suppress(OSError):
-                    fork.link.send(b"%d" % status)
-                fork.link.close()
-            elif ready.fileno() != -1:
-                signalled = b""
-                with contextlib.suppress(OSError):
-                    signalled = ready.recv(16)
-                os.kill(links[ready].pid, int(signalled or signal.SIGKILL))
-                if not signalled:
-                    ready.close()
+def attend(link: socket.socket) -> list[Any]:
+    """Forks, tells the client how the fork has ended, and ends. Returns in the fork."""
+    request, streams, _, _ = socket.recv_fds(link, MESSAGE, 3)
+    pid = os.fork()
+    if pid == 0:
+        link.send(b"%d" % os.getpid())
+        for at, stream in enumerate(streams):
+            os.dup2(stream, at)
+    for stream in streams:
+        os.close(stream)
+    if pid == 0:
+        return json.loads(request)
+    ended = os.pidfd_open(pid)
+    if ended not in select.select([ended, link, 0], [], [])[0]:  # the client or the session has
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(BrokenPipeError):
+        link.send(b"%d" % status)
+    os._exit(0)
 
 
 if __name__ == "__main__":
@@ -151,24 +120,21 @@ if __name__ == "__main__":
     sys.modules["transformers"].AutoTokenizer  # noqa: B018
     gc.collect()
     gc.freeze()
-    paths = sys.path[1:]
-    arguments, environment, folder = serve(socket.socket(fileno=int(sys.argv[1])))
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    sys.executable = str(Path(listener.getsockname()).with_name("python"))  # starts what is warm
+    arguments, environment, folder = serve(listener)
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.executable = environment[EXECUTABLE]  # so that what it starts is warm too
+    importlib.reload(sys.modules["huggingface_hub.constants"])  # which has read the environment
     sys.orig_argv[:] = [sys.executable, *arguments]
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(write_through=True)
     what = arguments.pop(0)
     name = arguments.pop(0) if what in ("-m", "-c") else what
     sys.argv[:] = [what if what == "-c" else name, *arguments]
     first = {"-m": folder, "-c": ""}.get(what, str(Path(name).parent))
     before = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:] = [first, *before, *paths]
-    if any(name.startswith("HF_") for name in environment):
-        importlib.reload(sys.modules["huggingface_hub.constants"])  # which has read them
+    sys.path[:1] = [first, *before]
     if JOIN in environment and "MLX_HOSTFILE" in environment:
         sys.path.append(str(Path(__file__).parent))
         importlib.import_module("ranks").join()
@@ -176,7 +142,6 @@ if __name__ == "__main__":
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         main = sys.modules["__main__"] = types.ModuleType("__main__")
-        code, main.__file__ = (
-            (name, "<string>") if what == "-c" else (Path(name).read_bytes(), name)
-        )
+        main.__file__ = "<string>" if what == "-c" else name
+        code = name if what == "-c" else Path(name).read_bytes()
         exec(compile(code, main.__file__, "exec"), vars(main))
