@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import warm
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -24,7 +25,8 @@ def test_any_order_ends_in_what_status_says():
         capture_output=True,
         text=True,
         timeout=300,
-        env={k: v for k, v in os.environ.items() if k != VARIABLE},
+        env={k: v for k, v in os.environ.items() if k != VARIABLE}
+        | {"PYTHONPATH": str(ranks.TESTS)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
