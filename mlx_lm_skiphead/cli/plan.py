@@ -4,8 +4,7 @@ For each rank it prints layers, the memory of its weights without the plugin and
 and how much a token reads. It loads no weights and starts no rank. With the memory bandwidths of
 the ranks' machines, their links, or both, it also prints the time of a token; with their memory and
 a context, what fits. With bandwidths or memories it finds the best split and order of machines, for
-the first batch size. `sizes` has what a rank has, `formula` the time of a token, and `splits` the
-search.
+the first batch size.
 
 Example: mlx-lm-skiphead plan ./my-model -n 3 --bandwidth 800,400,120 --link 1,0.1 --batch 1,8,32
 --memory 512,128,128 --context 32768
