@@ -1,63 +1,79 @@
-"""Run by test_programs.py as a rank: programs that people run, one after another.
+"""Run by test_programs.py and run.py as a rank: programs, one after another.
 
-Its arguments are folders of checkpoints: an untied one, a tied one, and one of qwen3_next. A
-program reports what a user sees of it on this rank; with the plugin that must be what it is without
-it.
+Its arguments are parts of their names; without any, all are run. With ``--list`` it runs none and
+reports their names and stories.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import logging
 import os
 import sys
+import time
+from pathlib import Path
+
+import ranks
+
+if folder := os.environ.get("RANK_OUTPUT"):  # a file of each rank's, for run.py
+    with open(Path(folder, str(ranks.rank())), "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 import mlx.core as mx
-import ranks
-from programs.batches import done, errors, forced, random, small, two_batches
-from programs.loading import RANK, TIED, UNTIED
-from programs.own_loops import guidance, pair
-from programs.packages import stages_of_their_own, telemetry
-from programs.speculation import Counting, OwnKey, Surprised, failing_speculation, speculation
-from programs.weights import lora, no_group, quantized_in_a_thread, recast, weights, wrapped_head
+from programs.common import MODE, RANK, rest
+from programs.registry import ALONE, NOTES, all_programs
 
-PROGRAMS = {
-    "recast": lambda: recast(UNTIED, mx.float16),
-    "recast, tied": lambda: recast(TIED, mx.bfloat16),
-    "adapter before": lambda: lora("lm_head", "before"),
-    "adapter after": lambda: lora("lm_head", "after"),
-    "adapter, tied": lambda: lora("embed_tokens", "after"),
-    "wrapped head": wrapped_head,
-    "speculation, counting": lambda: speculation(2, logits_processors=[Counting()]),
-    "speculation, 5 drafts": lambda: speculation(5, logits_processors=[Counting()]),
-    "speculation, own key": lambda: speculation(2, sampler=OwnKey()),
-    "speculation fails": failing_speculation,
-    "speculation by value": lambda: speculation(2, sampler=Surprised()),
-    "forced": forced,
-    "two batches": lambda: two_batches(False),
-    "two batches, two models": lambda: two_batches(True),
-    "guidance, one block": lambda: guidance("one block"),
-    "guidance, two blocks": lambda: guidance("two blocks"),
-    "guidance, a share each": lambda: guidance("a share each"),
-    "done": done,
-    "errors": errors,
-    "random": random,
-    "telemetry": telemetry,
-    "pair": pair,
-    "weights": weights,
-    "quantized in a thread": quantized_in_a_thread,
-    "no group": no_group,
-    "stages of their own": stages_of_their_own,
-    "small": small,
-}
+STUCK = 30  # seconds after which a program that has not ended says where it is, and ends
 
-told = {}
 
-for name in sys.argv[4:] or PROGRAMS:
-    try:
-        told[name] = PROGRAMS[name]()
-    except Exception as error:
-        told[name] = f"{type(error).__name__}: {error}"
-    print(RANK, name, file=sys.stderr, flush=True)
+class Kept(logging.Handler):
+    """Keeps what the plugin warns of."""
 
-ranks.report(told)
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines = []
 
-os._exit(0)  # MLX may abort at the exit of a process in which a thread has computed
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+        print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+def run(programs):
+    kept = Kept()
+    logging.getLogger("mlx_lm_skiphead").addHandler(kept)
+    told = {"programs": {}, "judged": {}, "warnings": {}, "notes": {}, "seconds": {}}
+    rest()
+    for name, program in programs.items():
+        told["judged"][name] = program.judged
+        if program.judged == ALONE and MODE == "off":
+            continue
+        faulthandler.dump_traceback_later(STUCK, exit=True)
+        print(RANK, name, file=sys.stderr, flush=True)
+        mx.random.seed(7)
+        begun = time.monotonic()
+        try:
+            told["programs"][name] = program.run()
+        except BaseException as error:
+            told["programs"][name] = f"{type(error).__name__}: {error}"
+            print(told["programs"][name], file=sys.stderr, flush=True)
+        rest()
+        told["seconds"][name] = round(time.monotonic() - begun, 2)
+        told["warnings"][name], told["notes"][name] = [*kept.lines], dict(NOTES)
+        kept.lines.clear()
+        NOTES.clear()
+    faulthandler.cancel_dump_traceback_later()
+    return told
+
+
+def main(*names):
+    programs = all_programs()
+    if names == ("--list",):
+        ranks.report([[name, p.story, p.reports] for name, p in programs.items()])
+    else:
+        is_meant = lambda name: not names or any(part in name for part in names)  # noqa: E731
+        ranks.report(run({name: p for name, p in programs.items() if is_meant(name)}))
+    os._exit(0)  # MLX may abort at the exit of a process in which a thread has computed
+
+
+main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Functions that another package has wrapped, as plain closures, on some ranks."""
+"""Functions that another package has wrapped, as plain closures, on some ranks or on all."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import itertools
 
 import mlx.core as mx
 
-import mlx_lm_skiphead
-from programs.common import MODE, MODEL, RANK, SIZE, after, loops, rest, steps
-from programs.registry import kind
+from programs.common import RANKS, after, install, loops, rest, steps, uninstall
+from programs.models import MODEL, RANK
+from programs.registry import program
 
 PLACES = {
     "eval": (mx, "eval"),
@@ -21,8 +21,6 @@ PLACES = {
     "stage": (type(MODEL.model), "__call__"),
     "batch": (loops.GenerationBatch, "_step"),
 }
-
-RANKS = {"rank 0": [0], "rank 1": [1], "all ranks": range(SIZE)}
 
 
 @contextlib.contextmanager
@@ -46,9 +44,9 @@ def two_loops():
     return told
 
 
-@kind(place=PLACES, who=RANKS)
+@program(place=PLACES, who=RANKS)
 def closures(place, who):
-    """Put there between two generations, and taken out again: how often, is nobody's concern."""
+    """A counter is put around a function between two generations, and taken out again."""
     told, counted = [two_loops()], []
     with closure(*PLACES[place], counted) if RANK in RANKS[who] else contextlib.nullcontext():
         told += [two_loops(), list(steps("speculation", n=3))]
@@ -57,26 +55,22 @@ def closures(place, who):
 
 
 # The others are refused where they are not mlx-lm's own: on all ranks, or the ranks do not agree.
-@kind(place=["eval", "async_eval", "all_gather", "all_sum"], who=RANKS)
-@kind(place=["generate_step", "model", "stage", "batch"], who=["all ranks"])
+@program(place=["eval", "async_eval", "all_gather", "all_sum"], who=RANKS)
+@program(place=["generate_step", "model", "stage", "batch"], who=["all ranks"])
 def closures_first(place, who):
-    """Put there before the plugin is installed."""
-    if MODE != "off":
-        mlx_lm_skiphead.uninstall()
+    """A counter is put around a function before the plugin is installed."""
+    uninstall()
     counted = []
     with closure(*PLACES[place], counted) if RANK in RANKS[who] else contextlib.nullcontext():
-        if MODE != "off":
-            mlx_lm_skiphead.install(MODE)
+        install()
         told = [two_loops(), list(steps("speculation", n=3)), bool(counted)]
         rest()
-        if MODE != "off":
-            mlx_lm_skiphead.uninstall()
-    if MODE != "off":
-        mlx_lm_skiphead.install(MODE)
+        uninstall()
+    install()
     return [told, after()]
 
 
-@kind(who=RANKS)
+@program(who=RANKS)
 def nested_closures(who):
     """Two packages have wrapped the same function, and one leaves before the other."""
     counted, other = [], []
@@ -89,9 +83,9 @@ def nested_closures(who):
     return [told, bool(counted), bool(other), two_loops()]
 
 
-@kind(place=PLACES, who=RANKS)
+@program(place=PLACES, who=RANKS)
 def closures_midway(place, who):
-    """Put there, and taken out, while a generation runs."""
+    """A counter is put around a function, and taken out, while a generation runs."""
     told, running = [], steps("generate", n=6)
     told += itertools.islice(running, 2)
     with closure(*PLACES[place], []) if RANK in RANKS[who] else contextlib.nullcontext():

@@ -1,4 +1,7 @@
-"""Collectives of the program's own."""
+"""Collectives of the program's own, and other ways to wait for a rank, while it samples.
+
+Unpatched stands still with a lazy collective in speculation.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from programs.common import FILES, LOOPS, RANK, VOCAB, after, greedy, steps
-from programs.registry import kind
+from programs.common import LOOPS, VOCAB, after, greedy, steps
+from programs.models import FILES, RANK
+from programs.registry import program
 
 
 def rank_zeros(ids):
@@ -17,10 +21,10 @@ def rank_zeros(ids):
     return mx.distributed.all_sum(mine if RANK == 0 else mine * 0).astype(mx.uint32)
 
 
-@kind(how=["eager"], loop=LOOPS)
-@kind(how=["lazy"], loop=["generate", "batch"])
+@program(how=["eager"], loop=LOOPS)
+@program(how=["lazy"], loop=["generate", "batch"])
 def broadcast(how, loop):
-    """A sampler that gives rank 0's ids to all ranks itself, and may look at them before."""
+    """A sampler gives rank 0's ids to all ranks itself, and may look at them before."""
 
     def sampler(logprobs):
         ids = greedy(logprobs)
@@ -34,10 +38,10 @@ def broadcast(how, loop):
     return [list(steps(loop, sampler)), after()]
 
 
-@kind(how=["eager", "by tokens"], loop=LOOPS)
-@kind(how=["lazy"], loop=["generate", "batch"])
+@program(how=["eager", "by tokens"], loop=LOOPS)
+@program(how=["lazy"], loop=["generate", "batch"])
 def summed_bias(how, loop):
-    """A processor that adds what all ranks together have against a token."""
+    """A processor adds what all ranks together have against a token."""
     calls = itertools.count()
 
     def processor(tokens, logits):
@@ -53,9 +57,9 @@ def summed_bias(how, loop):
     return [list(steps(loop, processors=[processor])), after()]
 
 
-@kind()
+@program()
 def summed_bias_not_used():
-    """A lazy sum over ranks in logits from which a grammar's forced ids do not come."""
+    """A lazy sum over ranks is in logits from which a grammar's forced ids do not come."""
     forced = itertools.count(5)
 
     def processor(tokens, logits):
@@ -89,9 +93,9 @@ class Exchange:
         return mx.array(np.load(file))
 
 
-@kind(where=["sampler", "processor"], loop=LOOPS)
+@program(where=["sampler", "processor"], loop=LOOPS)
 def waits_for_a_file(where, loop):
-    """What looks at logits and then waits until rank 0 has written down what it has chosen."""
+    """A sampler looks at logits, then waits until rank 0 has written down what it has chosen."""
     exchange = Exchange()
 
     def sampler(logprobs):

@@ -1,60 +1,22 @@
-"""What the programs share: the models, and the loops of mlx-lm over them."""
+"""What programs share: mlx-lm's loops over one model, and the usual samplers and processors."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import os
-from pathlib import Path
 
 import mlx.core as mx
-import ranks
 import tiny_models
 
 import mlx_lm_skiphead
+from programs.models import DRAFT, MODEL, RANK, SIZE, loaded
 
 loops = importlib.import_module("mlx_lm.generate")
-
-GROUP = ranks.join()
-
-RANK, SIZE = GROUP.rank(), GROUP.size()
-
 MODE = mlx_lm_skiphead.status().mode
-
-FILES = Path(os.environ["RANK_RESULTS"])
-
 VOCAB = tiny_models.VOCAB
-
 PROMPT, OTHER = tiny_models.PROMPTS[1], [5, 6]
-
 LOOPS = ("generate", "batch", "speculation")
-
-
-def pipelined(case, **changes):
-    model = tiny_models.make(case, **changes)
-    model.model.pipeline(GROUP)
-    return model
-
-
-MODEL = pipelined("qwen2-untied", num_hidden_layers=3)
-
-DRAFT = tiny_models.make("qwen2-untied", num_hidden_layers=3)
-"""The same, but for some noise: now and then it is right."""
-
-DRAFT.lm_head.weight += 0.03 * mx.random.normal(DRAFT.lm_head.weight.shape, key=mx.random.key(4))
-
-mx.eval(DRAFT.parameters())
-
-SECOND = pipelined("deepseek_v3", num_hidden_layers=3)
-
-WHOLE = tiny_models.make("qwen2-tied", num_hidden_layers=2)
-
-# With heads enough for two ranks and for three.
-WIDE = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 96}
-
-SHARDED = tiny_models.make("qwen2-untied", num_hidden_layers=2, intermediate_size=192, **WIDE)
-
-SHARDED.shard(GROUP)
+RANKS = {"rank 0": [0], "rank 1": [1], "all ranks": range(SIZE)}
 
 
 def rest():
@@ -116,11 +78,39 @@ def after():
     return list(steps("generate", n=3))
 
 
+def tokens(model, prompt=PROMPT, limit=8, **options):
+    """A generation of another model than `steps` has."""
+    mx.random.seed(7)
+    told = [t for t, _ in loops.generate_step(mx.array(prompt), model, max_tokens=limit, **options)]
+    mx.synchronize(loops.generation_stream)
+    return told
+
+
+def direct(model):
+    """The first numbers of a direct call, and their type."""
+    logits = model(mx.array([PROMPT]))[0, -1, :8]
+    return [str(logits.dtype), [round(x, 3) for x in logits.astype(mx.float32).tolist()]]
+
+
+def uninstall():
+    """Without what `loaded` gave: its head would be read, and stay so for later programs."""
+    loaded.cache_clear()
+    mlx_lm_skiphead.uninstall()
+
+
+def install():
+    """The plugin again, if this rank has it on."""
+    if MODE != "off":
+        mlx_lm_skiphead.install(MODE)
+
+
 def greedy(logprobs):
     return mx.argmax(logprobs, axis=-1)
 
 
 def bias(of):
+    """A processor that is against every third token."""
+
     def processor(tokens, logits):
         return mx.where((mx.arange(VOCAB) + of) % 3 == 0, logits - 6.0, logits)
 
@@ -137,3 +127,16 @@ def raising(error, who, at=3, then=greedy):
         return then(logprobs)
 
     return sampler
+
+
+class Raising:
+    """A processor that raises when it is called again, on all ranks."""
+
+    def __init__(self, error, at):
+        self.error, self.at = error, at
+        self.calls = itertools.count()
+
+    def __call__(self, context, logits):
+        if next(self.calls) == self.at:
+            raise self.error(f"call {self.at}")
+        return logits

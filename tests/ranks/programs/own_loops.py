@@ -1,4 +1,4 @@
-"""Loops of one's own."""
+"""Loops of the program's own, by `rank_zero_head` and `share_tokens`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lm_skiphead import rank_zero_head, share_tokens
-from programs.loading import PROMPT, load
+from programs.common import PROMPT
+from programs.models import loaded
+from programs.registry import program
 
 
-def guidance(how):
-    """Two calls of the model for each token."""
-    model = load()
+@program("mlx-lm #46", how=["one block", "two blocks", "a share each"])
+def two_calls_a_token(how):
+    """Guidance: two calls of the model for each token, of which one may be shared and not used."""
+    model = loaded()
     caches = [make_prompt_cache(model), make_prompt_cache(model)]
     inputs = [mx.array([PROMPT]), mx.array([[3, 4]])]
     told = []
@@ -35,9 +38,10 @@ def guidance(how):
     return told
 
 
+@program()
 def pair():
-    """A model that gives its logits and something else."""
-    model = load()
+    """A model gives its logits and something else, and its loop takes the logits."""
+    model = loaded()
     cls, calls = type(model), type(model).__call__
 
     def both(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Lists of processors that change, and what reads numbers."""
+"""Logits processors: lists of them that change, those that stop a loop, and what reads memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors
 
-from programs.common import LOOPS, MODEL, after, bias, greedy, rest, steps
-from programs.registry import kind
+from programs.common import LOOPS, PROMPT, after, bias, greedy, loops, steps
+from programs.models import loaded
+from programs.registry import program
 
 
 class Chosen(list):
@@ -19,9 +20,9 @@ class Chosen(list):
         return iter([p for p in list.__iter__(self) if self.enabled])
 
 
-@kind(change=["clear", "extend", "swap", "filter"], loop=LOOPS)
+@program(change=["clear", "extend", "swap", "filter"], loop=LOOPS)
 def live_list(change, loop):
-    """The list of processors is another one from the fourth step on."""
+    """The list of processors is another one from the fourth step on, on workers too."""
     processors = Chosen([bias(1)]) if change == "filter" else [bias(1)]
     told = []
     for step in steps(loop, processors=processors, n=9):
@@ -38,35 +39,9 @@ def live_list(change, loop):
     return [told, after()]
 
 
-NORM_SAW_NAN = {}
-
-
-@kind(how=["eager", "lazy"], loop=LOOPS)
-def tap(how, loop):
-    """A package that looks at the hidden states which the final norm gets."""
-    cls, norm, taken = type(MODEL.model.norm), MODEL.model.norm, []
-    calls = cls.__call__
-
-    def tapped(self, x):
-        if self is norm and x.shape[1] <= 3:  # not a prefill, which never ends in a norm
-            taken.append(mx.isnan(x).any())
-            if how == "eager":
-                mx.eval(taken[-1])
-        return calls(self, x)
-
-    cls.__call__ = tapped
-    try:
-        told = list(steps(loop))
-        rest()
-    finally:
-        cls.__call__ = calls
-    NORM_SAW_NAN[f"{how}, {loop}"] = sorted({flag.item() for flag in taken})
-    return [told, len(taken) > 4, after()]
-
-
-@kind(reader=["memoryview", "frombuffer"], where=["processor", "sampler"], loop=LOOPS)
+@program(reader=["memoryview", "frombuffer"], where=["processor", "sampler"], loop=LOOPS)
 def buffers(reader, where, loop):
-    """A loop that ends when what reads the memory of logits has been fed often enough."""
+    """A loop ends when what reads the memory of logits, NaN or not, was fed often enough."""
     fed = []
 
     def read(logits):
@@ -90,3 +65,44 @@ def buffers(reader, where, loop):
         if len(fed) >= 6:
             break
     return [told, fed, after()]
+
+
+class Done:
+    """A processor that has had enough when it has been called five times."""
+
+    def __init__(self, after=5):
+        self.done, self.left = False, after
+
+    def __call__(self, context, logits):
+        self.left -= 1
+        self.done = self.left <= 0
+        return logits
+
+
+@program()
+def done():
+    """A loop is left when a processor says so: on workers at another step, if called less often."""
+    told, processor = [], Done()
+    for token, _ in loops.generate_step(
+        mx.array(PROMPT), loaded(), max_tokens=20, logits_processors=[processor]
+    ):
+        told.append(token)
+        if processor.done:
+            break
+    mx.synchronize(loops.generation_stream)
+    return told
+
+
+@program()
+def done_in_a_batch():
+    """A request leaves its batch when its processor says so, and the other goes on."""
+    batch, told, processor = loops.BatchGenerator(loaded(), max_tokens=12), [], Done()
+    uids = batch.insert([PROMPT, [5]], logits_processors=[[processor], []])
+    while responses := batch.next_generated():
+        told += [[r.uid, r.token] for r in responses]
+        if processor.done and uids:
+            batch.remove(uids[:1])
+            uids = []
+    batch.close()
+    mx.synchronize(loops.generation_stream)
+    return told

@@ -1,4 +1,4 @@
-"""Prompts by value."""
+"""Prompts that ranks choose by values, which workers lack: each generation is to be warned of."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_sampler
 
-from programs.common import MODEL, PROMPT, RANK, SIZE, loops, rest, steps
-from programs.registry import by_value
+from programs.common import PROMPT, loops, rest, steps
+from programs.models import MODEL, RANK, SIZE
+from programs.registry import NOTES, other_prompts
 
-DIFFERENT = {}
 
-
-def note(name, prompts, generations=1):
+def note(prompts, generations=1):
     """Which ranks have had other prompts than rank 0, all of one length, and how often."""
     ids = mx.array([token for prompt in prompts for token in prompt])
     rows = np.array(mx.distributed.all_gather(ids)).reshape(SIZE, -1).tolist()
     ranks_that_differ = [rank for rank in range(SIZE) if rows[rank] != rows[0]]
-    DIFFERENT[name] = {"ranks": ranks_that_differ, "generations": generations}
+    NOTES["other prompts"] = {"ranks": ranks_that_differ, "generations": generations}
 
 
 def best_of_four():
@@ -42,17 +41,17 @@ def likeliest(prompt, count):
     return mx.argsort(logprobs)[-count:].tolist()
 
 
-@by_value(loop=["generate", "batch"])
+@other_prompts(loop=["generate", "batch"])
 def best_of(loop):
-    """Best of four by mean logprob; each rank goes on with the one that it has chosen."""
+    """Best of four by mean logprob: each rank goes on with the one that it has chosen."""
     prompt = [*PROMPT, *best_of_four()]
     told = list(steps(loop, prompt=prompt, n=4))
     rest()
-    note(f"best of, {loop}", [prompt])
+    note([prompt])
     return told
 
 
-@by_value()
+@other_prompts()
 def tree():
     """A tree search: the three likeliest next tokens, each of them gone on with in one batch."""
     prompts = [[*PROMPT, token] for token in likeliest(PROMPT, 3)]
@@ -63,11 +62,11 @@ def tree():
         told.append([[r.uid, r.token] for r in responses])
     batch.close()
     rest()
-    note("tree", prompts)
+    note(prompts)
     return told
 
 
-@by_value()
+@other_prompts()
 def path():
     """A search, a token at a time: each generation but the first has a prompt of this rank's."""
     prompt = list(PROMPT)
@@ -75,15 +74,15 @@ def path():
         prompt.append(likeliest(prompt, 2)[0])
     told = list(steps("generate", prompt=prompt, n=3))
     rest()
-    note("path", [prompt], generations=2)
+    note([prompt], generations=2)
     return told
 
 
-@by_value(loop=["generate", "batch"])
+@other_prompts(loop=["generate", "batch"])
 def another_prompt(loop):
     """The last rank alone was given another prompt."""
     prompt = [*PROMPT, 30 + (RANK == SIZE - 1)]
     told = list(steps(loop, prompt=prompt, n=4))
     rest()
-    note(f"another prompt, {loop}", [prompt])
+    note([prompt])
     return told

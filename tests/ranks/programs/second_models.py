@@ -1,4 +1,8 @@
-"""Models within a step."""
+"""A second model within a step.
+
+Each pass has ended before the next is built: unpatched has no order either where two lazy ones are
+in one graph.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,24 @@ import itertools
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from programs.common import LOOPS, MODEL, SECOND, SHARDED, VOCAB, WHOLE, after, greedy, rest, steps
-from programs.registry import kind
+from programs import models
+from programs.common import LOOPS, VOCAB, after, greedy, rest, steps
+from programs.registry import program
 
 
 def second_model(which):
     """A function that gives logits ``(1, V)`` for a next token ``(1, 1)``."""
-    model = {"pipelined": SECOND, "sharded": SHARDED, "whole": WHOLE, "stage": MODEL}[which]
+    model = {
+        "pipelined": models.second,
+        "sharded": models.sharded,
+        "whole": models.whole,
+        "stage": lambda: models.MODEL,
+    }[which]()
     cache = make_prompt_cache(model)
 
     def call(token):
         if which == "stage":
-            hidden = MODEL.model(token, cache=cache)[:, -1]
+            hidden = models.MODEL.model(token, cache=cache)[:, -1]
             out = hidden.sum(axis=-1, keepdims=True) * mx.sin(mx.arange(VOCAB))
         else:
             out = model(token, cache=cache)[:, -1]
@@ -31,9 +41,11 @@ def second_model(which):
     return call
 
 
-@kind(which=["pipelined", "sharded", "whole", "stage"], where=["processor", "sampler"], loop=LOOPS)
+@program(
+    which=["pipelined", "sharded", "whole", "stage"], where=["processor", "sampler"], loop=LOOPS
+)
 def guidance(which, where, loop):
-    """A second model, or the stage alone, is called for each token."""
+    """Guidance: a second model, or the stage alone, is called for each token."""
     second = second_model(which)
     calls = itertools.count()
 

@@ -1,13 +1,14 @@
-"""Speculation."""
+"""Speculative decoding beside samplers and processors that have a state of their own."""
 
 from __future__ import annotations
 
 import itertools
 
 import mlx.core as mx
-import tiny_models
 
-from programs.loading import PROMPT, load, loops, tokens
+from programs.common import PROMPT, loops, seen, tokens
+from programs.models import loaded, wrong_draft
+from programs.registry import program, refused
 
 
 class Counting:
@@ -31,44 +32,28 @@ class OwnKey:
         return mx.random.categorical(logprobs, key=key)
 
 
-def speculation(drafts, **options):
-    model, draft = load(), tiny_models.make("glm4_moe")
+def speculation(drafts=2, **options):
+    """Tokens, the next random number, and a usual generation after that."""
+    model, draft = loaded(), wrong_draft()
     mx.random.seed(7)
-    steps = loops.speculative_generate_step(
+    running = loops.speculative_generate_step(
         mx.array(PROMPT), model, draft, max_tokens=20, num_draft_tokens=drafts, **options
     )
-    told = [[token, from_draft] for token, _, from_draft in steps]
+    told = [[token, from_draft] for token, _, from_draft in running]
     mx.synchronize(loops.generation_stream)
     return [told, mx.random.uniform().item(), tokens(model)]
 
 
-def failing_speculation():
-    """A sampler that raises at each of a step's calls, beside a processor that draws numbers."""
-    model, draft, told = load(), tiny_models.make("glm4_moe"), []
-    for at in range(7):
-        mx.random.seed(7)
-        calls, seen = itertools.count(), []
+@program("mlx-engine #112", "mlx-lm #1175", "mlx-lm #1620", drafts=[2, 5])
+def counting_processor(drafts):
+    """A processor counts its calls: workers that call it less often get other tokens."""
+    return speculation(drafts, logits_processors=[Counting()])
 
-        def sampler(logprobs, at=at, calls=calls):
-            if next(calls) == at:
-                raise ValueError(f"call {at}")
-            return mx.argmax(logprobs, axis=-1)
 
-        try:
-            for token, *_ in loops.speculative_generate_step(
-                mx.array(PROMPT),
-                model,
-                draft,
-                max_tokens=9,
-                sampler=sampler,
-                logits_processors=[lambda _, logits: logits + mx.random.normal(logits.shape)],
-            ):
-                seen.append(token)
-        except ValueError as error:
-            seen.append(str(error))
-        mx.synchronize(loops.generation_stream)
-        told.append([seen, mx.random.uniform().item()])
-    return told
+@program("mlx-engine #112", "mlx-lm #1175", "mlx-lm #1620")
+def key_of_its_own():
+    """A sampler splits a random key of its own, which must stay in step on all ranks."""
+    return speculation(sampler=OwnKey())
 
 
 class Surprised:
@@ -82,3 +67,33 @@ class Surprised:
         self.surprise = self.surprise - logprobs.reshape(-1)[chosen]
         rows = logprobs + 5.0 * mx.sin(self.surprise + mx.arange(logprobs.shape[-1]))
         return mx.argmax(rows, axis=-1)
+
+
+@refused("mlx-lm #990", "mlx-lm #1531")
+def drafts_by_value():
+    """A sampler like Mirostat's: the drafts depend on values that workers lack."""
+    return speculation(sampler=Surprised())
+
+
+@program(at=range(7))
+def failing_call(at):
+    """A sampler raises at one of a step's calls, beside a processor that draws numbers."""
+    model, draft, calls = loaded(), wrong_draft(), itertools.count()
+    mx.random.seed(7)
+
+    def sampler(logprobs):
+        if next(calls) == at:
+            raise ValueError(f"call {at}")
+        return mx.argmax(logprobs, axis=-1)
+
+    running = loops.speculative_generate_step(
+        mx.array(PROMPT),
+        model,
+        draft,
+        max_tokens=9,
+        sampler=sampler,
+        logits_processors=[lambda _, logits: logits + mx.random.normal(logits.shape)],
+    )
+    told = seen((token for token, *_ in running), ValueError)
+    mx.synchronize(loops.generation_stream)
+    return [told, mx.random.uniform().item()]

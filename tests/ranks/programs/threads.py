@@ -1,16 +1,31 @@
-"""Threads."""
+"""Threads: generations asked for in several, and models loaded, read or changed in another one."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from programs.common import DRAFT, LOOPS, MODEL, OTHER, PROMPT, after, bias, loops, steps
-from programs.registry import kind
+from programs.common import (
+    LOOPS,
+    OTHER,
+    PROMPT,
+    after,
+    bias,
+    direct,
+    install,
+    loops,
+    steps,
+    tokens,
+    uninstall,
+)
+from programs.models import DRAFT, MODEL, checkpoint, load
+from programs.registry import program
 
+# They are kept: MLX may abort where a thread ends in which it has computed.
 THREADS = [ThreadPoolExecutor(1) for _ in range(2)]
 
 
@@ -24,7 +39,7 @@ def rest_in_threads():
         in_thread(number, mx.synchronize)
 
 
-@kind(order=["by turns", "moved", "from the main thread"], loop=LOOPS)
+@program(order=["by turns", "moved", "from the main thread"], loop=LOOPS)
 def threads(order, loop):
     """The steps of one generation are asked for in several threads, one after another.
 
@@ -64,3 +79,25 @@ def threads(order, loop):
         batch.close()
     rest_in_threads()
     return [told, after()]
+
+
+@program()
+def loaded_in_a_thread():
+    """A thread loads a model and calls it: a head on disk must be read in that thread."""
+    checkpoint("qwen2-untied")
+    return in_thread(0, lambda: direct(load()))
+
+
+@program()
+def quantized_in_a_thread():
+    """A model is quantized in a thread: no other can compute it, and `uninstall()` must not try."""
+    model = load()
+
+    def quantize():
+        nn.quantize(model, group_size=32)
+        return tokens(model)
+
+    told = in_thread(0, quantize)
+    uninstall()
+    install()
+    return told
