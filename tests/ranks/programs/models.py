@@ -24,11 +24,17 @@ def pipelined(case, **changes):
     return model
 
 
+def noisy(case, **changes):
+    """A draft model for that of `case`: the same, but for some noise. Now and then it is right."""
+    model = tiny_models.make(case, **changes)
+    head = model.lm_head
+    head.weight += 0.03 * mx.random.normal(head.weight.shape, key=mx.random.key(4))
+    mx.eval(model.parameters())
+    return model
+
+
 MODEL = pipelined("qwen2-untied", num_hidden_layers=3)
-DRAFT = tiny_models.make("qwen2-untied", num_hidden_layers=3)
-"""The same, but for some noise: now and then it is right."""
-DRAFT.lm_head.weight += 0.03 * mx.random.normal(DRAFT.lm_head.weight.shape, key=mx.random.key(4))
-mx.eval(DRAFT.parameters())
+DRAFT = noisy("qwen2-untied", num_hidden_layers=3)
 
 
 @functools.cache
@@ -53,9 +59,12 @@ def sharded():
 
 
 @functools.cache
-def wrong_draft():
-    """A draft model that is seldom right."""
-    return tiny_models.make("glm4_moe")
+def draft_of_loaded(kind):
+    """For `loaded`: a "noisy" model, or one that is "wrong", of another family and hardly ever
+    right."""
+    if kind == "wrong":
+        return tiny_models.make("glm4_moe", num_hidden_layers=2)
+    return noisy("qwen2-untied")
 
 
 @functools.cache

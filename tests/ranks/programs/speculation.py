@@ -7,7 +7,7 @@ import itertools
 import mlx.core as mx
 
 from programs.common import PROMPT, loops, seen, tokens
-from programs.models import loaded, wrong_draft
+from programs.models import draft_of_loaded, loaded
 from programs.registry import program, refused
 
 
@@ -32,9 +32,9 @@ class OwnKey:
         return mx.random.categorical(logprobs, key=key)
 
 
-def speculation(drafts=2, **options):
+def speculation(draft, drafts=2, **options):
     """Tokens, the next random number, and a usual generation after that."""
-    model, draft = loaded(), wrong_draft()
+    model, draft = loaded(), draft_of_loaded(draft)
     mx.random.seed(7)
     running = loops.speculative_generate_step(
         mx.array(PROMPT), model, draft, max_tokens=20, num_draft_tokens=drafts, **options
@@ -44,16 +44,16 @@ def speculation(drafts=2, **options):
     return [told, mx.random.uniform().item(), tokens(model)]
 
 
-@program("mlx-engine #112", "mlx-lm #1175", "mlx-lm #1620", drafts=[2, 5])
-def counting_processor(drafts):
+@program("mlx-engine #112", "mlx-lm #1175", "mlx-lm #1620", draft=["wrong", "noisy"], drafts=[2, 5])
+def counting_processor(draft, drafts):
     """A processor counts its calls: workers that call it less often get other tokens."""
-    return speculation(drafts, logits_processors=[Counting()])
+    return speculation(draft, drafts, logits_processors=[Counting()])
 
 
-@program("mlx-engine #112", "mlx-lm #1175", "mlx-lm #1620")
-def key_of_its_own():
+@program("mlx-engine #112", "mlx-lm #1175", "mlx-lm #1620", draft=["wrong", "noisy"])
+def key_of_its_own(draft):
     """A sampler splits a random key of its own, which must stay in step on all ranks."""
-    return speculation(sampler=OwnKey())
+    return speculation(draft, sampler=OwnKey())
 
 
 class Surprised:
@@ -72,13 +72,13 @@ class Surprised:
 @refused("mlx-lm #990", "mlx-lm #1531")
 def drafts_by_value():
     """A sampler like Mirostat's: the drafts depend on values that workers lack."""
-    return speculation(sampler=Surprised())
+    return speculation("wrong", sampler=Surprised())
 
 
 @program(at=range(7))
 def failing_call(at):
     """A sampler raises at one of a step's calls, beside a processor that draws numbers."""
-    model, draft, calls = loaded(), wrong_draft(), itertools.count()
+    model, draft, calls = loaded(), draft_of_loaded("wrong"), itertools.count()
     mx.random.seed(7)
 
     def sampler(logprobs):
