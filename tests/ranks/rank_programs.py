@@ -22,7 +22,7 @@ if folder := os.environ.get("RANK_OUTPUT"):  # a file of each rank's, for run.py
 
 import mlx.core as mx
 from programs.common import MODE, RANK, rest
-from programs.registry import ALONE, NOTES, all_programs
+from programs.registry import ALONE, NOTES, PROGRAMS, all_programs
 
 STUCK = 30  # seconds after which a program that has not ended says where it is, and ends
 
@@ -66,13 +66,17 @@ def run(programs):
     return told
 
 
+def is_meant(name, parts):
+    """Whether a program is to be run: all are without `parts`, and one by its whole name alone."""
+    return not parts or name in parts or any(p in name for p in parts if p not in PROGRAMS)
+
+
 def main(*names):
     programs = all_programs()
     if names == ("--list",):
         ranks.report([[name, p.story, p.reports] for name, p in programs.items()])
     else:
-        is_meant = lambda name: not names or any(part in name for part in names)  # noqa: E731
-        ranks.report(run({name: p for name, p in programs.items() if is_meant(name)}))
+        ranks.report(run({name: p for name, p in programs.items() if is_meant(name, names)}))
     os._exit(0)  # MLX may abort at the exit of a process in which a thread has computed
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,13 @@ def launched(way: str, part: str, count: int, folder: Path, timeout: float) -> l
 
 def run(part: str, count: int, timeout: float) -> int:
     """Runs and prints; 1 if something is not right."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folders = {way: Path(name, way) for way in WAYS}
-        reports = {}
+        running = {}
         for way, folder in folders.items():
             folder.mkdir()
-            reports[way] = launched(way, part, count, folder, timeout)
-        is_right = compared(count, **reports)
+            running[way] = pool.submit(launched, way, part, count, folder, timeout)
+        is_right = compared(count, **{way: launch.result() for way, launch in running.items()})
         for way, folder in folders.items():
             for file in sorted(folder.iterdir()):
                 print(f"\n--- output of rank {file.name}, {way}")
@@ -55,18 +57,20 @@ def run(part: str, count: int, timeout: float) -> int:
 
 def compared(count: int, unpatched: list[Any], plugin: list[Any]) -> bool:
     """Prints what each rank saw both ways, by program; whether all of it is right."""
-    for way, reports in (("unpatched", unpatched), ("plugin", plugin)):
-        silent = [rank for rank in range(count) if reports[rank] is None]
-        if silent:
-            print(f"{way}: no report of ranks {silent}")
     if None in unpatched or None in plugin:
+        for way, reports in zip(WAYS, (unpatched, plugin), strict=True):
+            silent = [rank for rank, report in enumerate(reports) if report is None]
+            print(f"{way}: no report of ranks {silent}")
         return False
     wrong = []
     for name, judged in plugin[0]["judged"].items():
         print(f"\n{name} ({judged})")
-        for rank in range(count):
-            for way, reports in (("unpatched", unpatched), ("plugin", plugin)):
-                print(f"  rank {rank}, {way:9}: {reports[rank]['programs'].get(name, 'not run')}")
+        for rank, both in enumerate(zip(unpatched, plugin, strict=True)):
+            right, seen = (report["programs"].get(name, "not run") for report in both)
+            if seen == right:
+                print(f"  rank {rank}, both ways: {seen}")
+            else:
+                print(f"  rank {rank}, unpatched: {right}\n  rank {rank}, plugin:    {seen}")
         found = [*problems(name, unpatched, plugin)]
         print(*[f"  WRONG: {problem}" for problem in found] or ["  right on all ranks"], sep="\n")
         wrong += found
@@ -77,11 +81,12 @@ def compared(count: int, unpatched: list[Any], plugin: list[Any]) -> bool:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", default="", metavar="NAME", help="a part of its name")
+    parser.add_argument("name", nargs="?", default="", help="a name, or a part of names")
     parser.add_argument("-n", dest="count", type=int, default=2, help="how many ranks (2)")
     parser.add_argument("--list", action="store_true", help="print names and stories, run nothing")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for each way (120)")
     given = parser.parse_args()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not given.list and not given.name:
         parser.error("a NAME, or --list")
     sys.exit(listed(given.name) if given.list else run(given.name, given.count, given.timeout))
