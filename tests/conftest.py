@@ -27,7 +27,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOWEST = (
     *("families", "bench", "real_model", "soak", "server", "loop", "slow_links", "fetch"),
-    *("kinds", "programs", "doctor", "demo", "watch", "agreement", "readme"),
+    *("programs", "doctor", "demo", "watch", "agreement", "readme"),
 )
 """Files of tests that begin first, so that no process is left with one at the end."""
 

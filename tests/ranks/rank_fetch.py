@@ -1,7 +1,7 @@
 """Run by test_fetch.py as a rank: loads models of a hub, and says what came of it.
 
-Its argument is a list of tasks, in JSON: `repo`, and in `then` names of functions of this file to
-call after generating. The hub is at HF_ENDPOINT, and the cache in HF_HOME, each with "RANK" in it.
+Its argument is a list of tasks, in JSON: `repo`, and in `then` names of `afterwards`. The hub is at
+HF_ENDPOINT, and the cache in HF_HOME, each with "RANK" in it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ import mlx_lm_skiphead  # noqa: E402
 loops = importlib.import_module("mlx_lm.generate")
 utils = importlib.import_module("mlx_lm.utils")
 
+afterwards = ranks.ByName()
+"""What a task may do when the model has generated."""
 PROMPT = [3, 141, 59, 26, 53, 58, 97]
 
 
@@ -59,6 +61,7 @@ def error_of(function, *args, **kwargs):
     return None
 
 
+@afterwards
 def direct(model, repo):
     """A direct call's last numbers, or its error."""
     try:
@@ -67,6 +70,7 @@ def direct(model, repo):
         return str(error)
 
 
+@afterwards
 def inner(model, repo):
     """The last numbers of a direct call of the pipelined model, or its error."""
     try:
@@ -77,6 +81,7 @@ def inner(model, repo):
     return told
 
 
+@afterwards
 def read(model, repo):
     """By kind of reading weights, the error."""
     absent = [m for m in model.modules() if type(m).__name__ == "Absent"]
@@ -102,11 +107,13 @@ def read(model, repo):
     return {"absent": len(absent), "errors": told}
 
 
+@afterwards
 def same_as_before(model, repo):
     """Nothing that `read` tried has changed the model."""
     return generate(model)
 
 
+@afterwards
 def bring(model, repo):
     """Run the commands of this rank's errors, load again, and call directly."""
     missing = [m.missing for m in model.modules() if type(m).__name__ == "Absent"]
@@ -117,6 +124,7 @@ def bring(model, repo):
     return [direct(model, repo), left(), len(tree_flatten(model.parameters())) > 0]
 
 
+@afterwards
 def fetch_all(model, repo):
     """Ask for all files, load again, and call directly."""
     del os.environ["MLX_LM_SKIPHEAD_DOWNLOAD"]
@@ -128,12 +136,14 @@ def fetch_all(model, repo):
     return told
 
 
+@afterwards
 def asked(model=None, repo=None):
     """The files of weights that this rank has asked the hub for."""
     with urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/asked") as answer:
         return json.loads(answer.read())
 
 
+@afterwards
 def left(model=None, repo=None):
     """What `status` says of modules that are not on this machine."""
     return list(mlx_lm_skiphead.status().models[-1].not_here)
@@ -152,7 +162,7 @@ def main(tasks):
         results = {"tokens": generate(model), "asked": asked()}
         if mlx_lm_skiphead.status().mode != "off":
             results["left"] = left()
-        results["then"] = {what: globals()[what](model, repo) for what in task.get("then", ())}
+        results["then"] = {what: afterwards[what](model, repo) for what in task.get("then", ())}
         told.append(results)
         del model
     ranks.report(told)

@@ -21,6 +21,7 @@ from mlx_lm_skiphead.config import requested_mode
 
 generate = importlib.import_module("mlx_lm.generate")
 early_generate_step = generate.generate_step
+scenario = ranks.ByName()
 
 
 class Pipeline:
@@ -38,6 +39,7 @@ class Pipeline:
         return [t for t, _ in step(mx.array(prompt), self.model, max_tokens=limit, **options)]
 
 
+@scenario
 def guard_alone():
     """The pull request's guard as it was written, and nothing else."""
     from mlx_lm.models import deepseek_v3
@@ -54,6 +56,7 @@ def guard_alone():
     return told
 
 
+@scenario
 def short_requests():
     """A hundred requests of one to three tokens, some left by the caller before their end."""
     pipeline = Pipeline()
@@ -66,6 +69,7 @@ def short_requests():
     return told
 
 
+@scenario
 def in_a_thread():
     """As the server does: the model lives in a thread that imported nothing."""
     told = []
@@ -90,6 +94,7 @@ def staying(function):
     return done
 
 
+@scenario
 def two_models():
     """Beside a pipelined model a plain one, which another thread calls while the first decodes."""
     told, stop = {"plain": set(), "direct": set()}, threading.Event()
@@ -113,6 +118,7 @@ def two_models():
     return {name: sorted(answers) for name, answers in told.items()}
 
 
+@scenario
 def callbacks():
     """A callback that calls the model gets what upstream gives."""
     pipeline = Pipeline()
@@ -167,6 +173,7 @@ def failing(at, function=None, error=Broken):
     return fail
 
 
+@scenario
 def failures():
     """What samplers and processors raise, one after another; after each the ranks go on."""
     pipeline = Pipeline()
@@ -244,6 +251,7 @@ def failures():
     return told
 
 
+@scenario
 def uninstalled_midway():
     """While a generation runs uninstalling is an error; afterwards the next is upstream's."""
     pipeline = Pipeline()
@@ -278,6 +286,7 @@ def uninstalled_midway():
     return told
 
 
+@scenario
 def not_ours():
     """Loops that are not wrapped are upstream's on every rank, whatever the mode."""
     mlx_lm_skiphead.uninstall()
@@ -291,6 +300,7 @@ def not_ours():
     return told
 
 
+@scenario
 def speculative():
     """A draft that is often right, often wrong, greedy and not, with processors and without."""
     pipeline = Pipeline()
@@ -329,6 +339,7 @@ def penalties():
     return make_logits_processors({7: 2.0, 31: -3.0}, 1.3)
 
 
+@scenario
 def counted():
     """Collectives and calls of samplers and processors, unpatched and with the plugin, in turn.
 
@@ -387,6 +398,7 @@ def counted():
     return told
 
 
+@scenario
 def cancelled():
     """Requests that leave before their end, and ones that come after."""
     pipeline = Pipeline()
@@ -412,6 +424,7 @@ def cancelled():
     return {"told": told, "random": mx.random.uniform().item()}
 
 
+@scenario
 def own_loop():
     """`share_tokens` where it is called, for numbers of all kinds, and what it refuses."""
     pipeline = Pipeline()
@@ -482,10 +495,10 @@ def main(*scenarios: str) -> None:
         killed()
     mode = requested_mode()
     told = {}
-    for scenario in scenarios:
+    for name in scenarios:
         mlx_lm_skiphead.uninstall() if mode == "off" else mlx_lm_skiphead.install(mode)
         mx.random.seed(0)
-        told[scenario] = globals()[scenario]()
+        told[name] = scenario[name]()
         # A loop of upstream's returns with a step in flight: a rank that goes on then would take it
         # from the others. The wrapped loop waits for it.
         mx.synchronize(generate.generation_stream)

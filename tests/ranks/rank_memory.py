@@ -1,7 +1,7 @@
 """Run by test_memory.py as a rank: what a model takes in memory, and what it has left on disk.
 
 Its argument is a dict of tasks, in JSON. A task has the `folder` of a checkpoint, or of one for
-each rank; `then` names a function of this file to call after generating.
+each rank; `then` names one of `afterwards`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from mlx_lm_skiphead.families import family_of
 loops = importlib.import_module("mlx_lm.generate")
 utils = importlib.import_module("mlx_lm.utils")
 
+afterwards = ranks.ByName()
+"""What a task may do when the model has generated."""
 PROMPT = [3, 141, 59, 26, 53, 58, 97]
 
 
@@ -45,6 +47,7 @@ def direct(model):
     return logits[0, -1, :8].tolist()
 
 
+@afterwards
 def grown(model, rank):
     """A direct call, and how many bytes of memory are in use after it that were not before."""
     mx.synchronize()
@@ -54,6 +57,7 @@ def grown(model, rank):
     return {"numbers": numbers, "bytes": mx.get_active_memory() - before, "again": direct(model)}
 
 
+@afterwards
 def in_thread(model, rank):
     """As `grown`, in a thread that has not loaded the model."""
     told = []
@@ -63,6 +67,7 @@ def in_thread(model, rank):
     return told[0]
 
 
+@afterwards
 def uninstalled(model, rank):
     mlx_lm_skiphead.uninstall()
     return {"tokens": generate(model), "numbers": direct(model), "left": left_on_disk()}
@@ -74,6 +79,7 @@ def left_on_disk():
     return [model._asdict() for model in mlx_lm_skiphead.status().models]
 
 
+@afterwards
 def used_otherwise(model, rank):
     """What a program may do with a model besides calling it."""
     family = family_of(model)
@@ -101,11 +107,13 @@ def used_otherwise(model, rank):
     return told
 
 
+@afterwards
 def refused(model, rank):
     """The errors of two direct calls on a worker."""
     return [error_of(lambda: model(mx.array([PROMPT]))) for _ in range(2 * bool(rank))]
 
 
+@afterwards
 def refused_on_all_ranks(model, rank):
     """The errors of two direct calls, and of what else needs weights that are not there."""
     owner = family_of(model).owner_of(model)
@@ -159,7 +167,7 @@ def run(task):
     if file := task.get("spoilt"):
         os.truncate(folder / file, 100)
     if what := task.get("then"):
-        told[what] = globals()[what](model, rank)
+        told[what] = afterwards[what](model, rank)
     return told
 
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,14 @@ class Launch:
     stdout: str
     stderr: str
     seconds: float
+
+
+class ByName(dict[str, Callable[..., Any]]):
+    """Functions of a rank's script that its test calls by name; as a decorator it adds one."""
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        self[function.__name__] = function
+        return function
 
 
 def rank() -> int:

@@ -71,11 +71,14 @@ def batched(model) -> None:
     batch.close()
 
 
+LOOPS = {"single": single, "batched": batched}
+
+
 def decode(rank: int, loop: str) -> None:
     model = stub(rank)
     until, steps, start = time.monotonic() + SECONDS, 0, time.perf_counter()
     while time.monotonic() < until:
-        globals()[loop](model)
+        LOOPS[loop](model)
         steps += STEPS
     print(f"step {1e6 * (time.perf_counter() - start) / steps}")
 
@@ -88,7 +91,7 @@ def is_own(stack: list[str]) -> bool:
 def main() -> None:
     env = {k: v for k, v in os.environ.items() if k != "MLX_LM_SKIPHEAD"}
     spy = Path(sys.executable).with_name("py-spy")
-    for loop in ("single", "batched"):
+    for loop in LOOPS:
         for rank in (0, 1):
             command = [sys.executable, __file__, str(rank), loop]
             alone = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
