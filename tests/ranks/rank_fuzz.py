@@ -29,7 +29,7 @@ import numpy as np
 import ranks
 import tiny_checkpoint
 import tiny_models
-from fuzz import BOTH, CHANGING, write
+from fuzzing import BOTH, CHANGING, write
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import (
     load_prompt_cache,
@@ -477,8 +477,8 @@ class Session:
 
     def generate(
         self,
-        prompt=[3, 5],  # noqa: B006
-        n=6,
+        prompt,
+        n,
         sampler=None,
         processors=None,
         stream=False,
@@ -565,46 +565,47 @@ class Session:
         told = checksum(logits)  # computed in any case: others wait for what this rank sends
         return None if hidden else told
 
-    def resume(self, which=0, leave=None):
+    def resume(self, which, leave=None):
         if self.kept:
             steps, ends = self.kept[which % len(self.kept)]
             self.follow(steps, leave, False, ends)
 
     def insert(
         self,
-        batch="x",
-        prompts=((3, 5),),
-        n=None,
-        samplers=None,
-        processors=None,
+        batch,
+        requests,
         sampler=None,
+        narrow=False,
         cache=None,
         other=False,
         **options,
     ):
         if batch not in self.batches:
+            if narrow:
+                options |= {"completion_batch_size": 2, "prefill_batch_size": 1}
             self.batches[batch] = self.loops.BatchGenerator(
                 self.model_of[int(other)],
                 sampler=self.sampler(sampler),
                 stop_tokens=[[t] for t in range(240, 256)],
                 **options,
             )
-        many = len(prompts)
-        caches = None
+        caches = lists = None
         if cache is not None and f"{cache}{int(other)}" in self.caches:
             self.settle()
-            caches = [copy.deepcopy(self.cache_of(cache, int(other))) for _ in prompts]
-        lists = processors and [self.processors(p) for p in processors]
-        self.lists[batch] += lists or []
+            caches = [copy.deepcopy(self.cache_of(cache, int(other))) for _ in requests]
+        if any("processors" in r for r in requests):
+            lists = [self.processors(r.get("processors")) for r in requests]
+            self.lists[batch] += lists
+        samplers = [self.sampler(r.get("sampler")) for r in requests]
         self.uids[batch] += self.batches[batch].insert(
-            [tokens_of(prompt) for prompt in prompts],
-            max_tokens=n or [6] * many,
+            [tokens_of(r["prompt"]) for r in requests],
+            max_tokens=[r["n"] for r in requests],
             caches=caches,
-            samplers=samplers and [self.sampler(s) for s in samplers],
+            samplers=samplers if any(samplers) else None,
             logits_processors=lists,
         )
 
-    def next(self, batch="x", times=1, progress=False):
+    def next(self, batch, times, progress=False):
         for _ in range(times):
             if batch not in self.batches:
                 break
@@ -618,11 +619,11 @@ class Session:
                 self.see_token(r.token, r.logprobs, r.uid, r.finish_reason, r.all_tokens, kept)
             self.see("responses", len(responses))
 
-    def change(self, batch="x", which=0, how="clear", to=()):
+    def change(self, batch, which, how, to):
         if self.lists[batch]:
             self.changed(self.lists[batch][which % len(self.lists[batch])], how, to)
 
-    def wrap(self, place="eval", who=(0,)):
+    def wrap(self, place, who):
         """Another package wraps a function of mlx's or mlx-lm's, on the ranks `who`."""
         if self.lab.rank not in who:
             return
@@ -651,7 +652,7 @@ class Session:
         if self.wrapped:
             setattr(*self.wrapped.pop())
 
-    def remove(self, batch="x", which=0, cache=None):
+    def remove(self, batch, which, cache=None):
         if not self.uids[batch] or batch not in self.batches:
             return
         uid = self.uids[batch][which % len(self.uids[batch])]
@@ -661,15 +662,16 @@ class Session:
             if cached:
                 self.caches[f"{cache}0"] = cached
 
-    def close(self, batch="x"):
+    def close(self, batch):
         if batch in self.batches:
             self.batches.pop(batch).close()
             self.uids.pop(batch, None)
 
     def own(
         self,
-        prompts=((3, 5),),
-        n=4,
+        prompt,
+        many,
+        n,
         sampler=None,
         how="",
         cache=None,
@@ -677,10 +679,10 @@ class Session:
     ):
         model = self.model_of[int(other)]
         sample = self.sampler(sampler) or (lambda logprobs: mx.argmax(logprobs, axis=-1))
-        one = len(prompts) == 1 and self.cache_of(cache, int(other))
+        one = many == 1 and self.cache_of(cache, int(other))
         one = one or make_prompt_cache(model)
         two = make_prompt_cache(model)
-        inputs = mx.array([tokens_of(prompt) for prompt in prompts])
+        inputs = mx.array([tokens_of(prompt)] * many)
         if how == "chunks" and inputs.shape[1] > 1:
             with rank_zero_head():
                 model(inputs[:, :-1], cache=one)
@@ -705,7 +707,7 @@ class Session:
                 model(inputs, cache=one)
             mx.eval([c.state for c in one])
 
-    def direct(self, prompt=(3, 5), cache=None, other=False):
+    def direct(self, prompt, cache=None, other=False):
         model = self.model_of[int(other)]
         ids = mx.array([tokens_of(prompt)])
         self.see("logits", self.visible(model(ids, cache=self.cache_of(cache, int(other)))))
@@ -713,10 +715,10 @@ class Session:
     def draw(self):
         self.see("drawn", mx.random.normal((3,)).tolist())
 
-    def seed(self, to=0):
+    def seed(self, to):
         mx.random.seed(to)
 
-    def store(self, cache="a", copies=False):
+    def store(self, cache, copies=False):
         key = f"{cache}0"
         if key not in self.caches:
             return
@@ -727,7 +729,7 @@ class Session:
         save_prompt_cache(file, self.caches[key])
         self.caches[key] = load_prompt_cache(file)
 
-    def trim(self, cache="a", by=1):
+    def trim(self, cache, by):
         if f"{cache}0" in self.caches:
             self.see("trimmed", trim_prompt_cache(self.caches[f"{cache}0"], by))
 
@@ -742,7 +744,7 @@ class Session:
         self.see("saved", sorted((name, checksum(array)) for name, array in saved.items()))
         shutil.rmtree(self.lab.own / "model")
 
-    def dtype(self, to="float16"):
+    def dtype(self, to):
         self.model_of[0].set_dtype(getattr(mx, to))
 
     def quantize(self):
@@ -754,7 +756,7 @@ class Session:
         weight = mx.random.normal((tiny_models.VOCAB, tiny_models.HIDDEN), key=mx.random.key(5))
         model.load_weights([(f"{name}.weight", weight)], strict=False)
 
-    def adapter(self, where="head"):
+    def adapter(self, where):
         model = self.model_of[0]
         parent, name = model.model, "embed_tokens"
         if where == "layer":
