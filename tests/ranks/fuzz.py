@@ -72,11 +72,13 @@ class Fuzzer:
         self.launch = None
         self.before.clear()
 
-    def search(self, batch: int, seed: int, phases: Collection[hypothesis.Phase]) -> None:
+    def search(self, batch: int, seed: float, phases: Collection[hypothesis.Phase]) -> None:
         """Look for a program of this batch that differs; say the smallest."""
         self.kind, self.known = None, {}
+        # As pytest's --hypothesis-seed: `find(..., random=...)` would have no database.
+        hypothesis.core.global_force_seed = seed
         settings = hypothesis.settings(
-            max_examples=int(min(BATCH, self.programs - self.counts["programs"])),
+            max_examples=BATCH,
             phases=phases,
             deadline=None,
             database=DirectoryBasedExampleDatabase(FAILURES),
@@ -87,7 +89,6 @@ class Fuzzer:
                 programs(batch),
                 self.finds,
                 settings=settings,
-                random=random.Random(seed),
                 database_key=f"batch {batch}".encode(),
             )
         except (NoSuchExample, unittest.SkipTest):  # none, or nothing in the database
@@ -137,8 +138,10 @@ class Fuzzer:
 
     def shrunk(self, program: Program) -> str:
         """How the program differs, if it is in the same way as the one that is shrunk."""
-        told = self.do(program, self.limit / 3)
-        same = differs(told) and type(told) is self.kind and not self.fails_itself(program)
+        self.counts["tried while shrinking"] += 1
+        limit = self.limit / 8  # or there would be few attempts where each stands still
+        told = self.do(program, limit)
+        same = differs(told) and type(told) is self.kind and not self.fails_itself(program, limit)
         return difference(told, program) if same else ""
 
     def do(self, program: Program, limit: float | None = None) -> Told:
@@ -151,9 +154,9 @@ class Fuzzer:
             self.end()
         return told
 
-    def fails_itself(self, program: Program) -> bool:
+    def fails_itself(self, program: Program, limit: float | None = None) -> bool:
         """Whether unpatched stands still too, or differs from itself."""
-        return differs(self.do({**program, "ways": ["unpatched", "unpatched"]}))
+        return differs(self.do({**program, "ways": ["unpatched", "unpatched"]}, limit))
 
     def comes(self, programs: list[Program], kind: type, times: int = 3) -> bool:
         """Whether the last one differs in this way, on fresh ranks, in one of some attempts."""
