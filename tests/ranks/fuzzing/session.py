@@ -55,15 +55,10 @@ class Session(Samplers, Loops, Batches, Changes):
             self.see("step", number, step["op"])
             try:
                 if number == 0:
-                    mx.random.seed(0)
-                    self.model_of = {w: self.lab.model(self.program, w) for w in self.others()}
-                    self.drafts = {d: self.draft(d) for d in self.drafted()}
-                    self.seconds = {
-                        which: self.lab.second(which, self.program)
-                        for which in ("pipelined", "sharded", "whole")
-                        if f"['second', '{which}']" in repr(self.program["steps"])
-                    }
-                    mx.random.seed(self.program.get("seed", 0))
+                    try:
+                        self.prepare()
+                    finally:  # which draws, and the first time more
+                        mx.random.seed(self.program.get("seed", 0))
                 getattr(self, step["op"])(**options)
                 if step["op"] in CHANGING:  # which draws for each module that a rank has
                     mx.random.seed(number)
@@ -96,6 +91,16 @@ class Session(Samplers, Loops, Batches, Changes):
                 flat = tree_flatten(c.state) if getattr(c, "keys", 1) is not None else []
                 self.see("cache", name, type(c).__name__, [positions(v) for _, v in flat])
         self.see("random", mx.random.uniform().item())
+
+    def prepare(self):
+        mx.random.seed(0)
+        self.model_of = {w: self.lab.model(self.program, w) for w in self.others()}
+        self.drafts = {d: self.draft(d) for d in self.drafted()}
+        self.seconds = {
+            which: self.lab.second(which, self.program)
+            for which in ("pipelined", "sharded", "whole")
+            if f"['second', '{which}']" in repr(self.program["steps"])
+        }
 
     def others(self):
         return [0, 1] if any("other" in s for s in self.program["steps"]) else [0]
