@@ -72,6 +72,7 @@ def test_json_and_plot(count, model, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_plan_on_slow_links(model, tmp_path):
     """Links so slow that what this machine computes hardly counts: 8 KiB take 66 ms."""
     plot = tmp_path / "plot.png"

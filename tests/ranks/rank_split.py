@@ -26,6 +26,8 @@ from mlx_lm_skiphead.patching import registry
 
 OWN = "glm4_moe"
 LENGTHS = (1, 40)
+REQUESTS = ("greedy, one token", "all of it, several chunks")
+"""Of rank_families.py, where all families have them all."""
 group = ranks.join()
 
 
@@ -76,7 +78,7 @@ def main(folder: str, *cases: str) -> None:
                 continue
             said["loaded"] = mx.get_active_memory() - before
             said["status"] = [s._asdict() for s in mlx_lm_skiphead.status().models]
-            said["requests"], said["heads"] = rank_families.answers(model)
+            said["requests"], said["heads"] = rank_families.answers(model, *REQUESTS)
             said["batch"] = rank_families.batched(model)
             said["trimmable"] = trimmable(model)
             said["layers"] = layers(model)

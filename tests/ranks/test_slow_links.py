@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import slow_links
 import warm
 
 
+@pytest.mark.long
 def test_a_token_costs_one_latency_a_rank(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(warm.JOIN, "1")
     model = slow_links.write_model(tmp_path)
