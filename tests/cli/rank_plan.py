@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_lm_skiphead
 
-group = mx.distributed.init()
+group = ranks.join()
 
 
 def cache_bytes(model):

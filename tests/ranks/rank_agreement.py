@@ -34,7 +34,7 @@ if program:
 
     sys.exit(main(["run", *program]))
 
-group = mx.distributed.init()
+group = ranks.join()
 
 
 def load(folder=folder, loader=sharded_load):

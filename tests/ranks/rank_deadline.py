@@ -13,6 +13,7 @@ import sys
 import time
 
 import mlx.core as mx
+import ranks
 import tiny_models
 from mlx_lm.utils import sharded_load
 
@@ -21,7 +22,7 @@ import mlx_lm_skiphead  # noqa: F401
 loops = importlib.import_module("mlx_lm.generate")
 stops, seconds, where, *folder = sys.argv[1:]
 
-group = mx.distributed.init()
+group = ranks.join()
 
 
 def stop() -> None:

@@ -33,13 +33,14 @@ import mlx_lm_skiphead  # noqa: E402
 loops = importlib.import_module("mlx_lm.generate")
 utils = importlib.import_module("mlx_lm.utils")
 
+GROUP = ranks.join()  # before the hub's client has connections of its own
 afterwards = ranks.ByName()
 """What a task may do when the model has generated."""
 PROMPT = [3, 141, 59, 26, 53, 58, 97]
 
 
 def load(repo):
-    return utils.sharded_load(repo, pipeline_group=mx.distributed.init())[0]
+    return utils.sharded_load(repo, pipeline_group=GROUP)[0]
 
 
 def generate(model):

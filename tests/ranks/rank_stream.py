@@ -34,7 +34,7 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm_skiphead import install, rank_zero_head, share_tokens  # noqa: E402
 
 loops = importlib.import_module("mlx_lm.generate")
-RANK = mx.distributed.init().rank()
+RANK = ranks.join().rank()
 PROMPT = mx.array(tiny_models.PROMPTS[1])
 
 
@@ -84,5 +84,5 @@ def in_own_loop(model) -> bool:
 
 install(strict=True)
 model = tiny_models.make("deepseek_v3")
-model.model.pipeline(mx.distributed.init())
+model.model.pipeline(ranks.join())
 ranks.report({"generate_step": in_mlx_lm(model), "share_tokens": in_own_loop(model)})

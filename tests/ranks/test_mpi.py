@@ -170,7 +170,7 @@ def test_an_error_of_one_rank_ends_all_through_run(tmp_path: Path) -> None:
 
 @by_both
 def test_the_real_model(launcher: str, real_model: Path, tmp_path: Path) -> None:
-    readme = TESTS.parent.joinpath("README.md").read_text(encoding="utf-8")
+    readme = TESTS.parents[1].joinpath("README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(# ask.py\n.*?)```", readme, re.DOTALL)
     program = tmp_path / "ask.py"
     program.write_text(code.replace("path/to/model", str(real_model)))
