@@ -22,7 +22,7 @@ import mlx_lm_skiphead  # noqa: F401
 loops = importlib.import_module("mlx_lm.generate")
 stops, seconds, where, *folder = sys.argv[1:]
 
-group = ranks.join()
+group = ranks.join(sleeps=str(ranks.rank()) != stops)
 
 
 def stop() -> None:

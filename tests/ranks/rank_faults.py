@@ -25,7 +25,7 @@ import tiny_models  # noqa: E402
 import mlx_lm_skiphead  # noqa: E402, F401
 
 loops = importlib.import_module("mlx_lm.generate")
-group = ranks.join()
+group = ranks.join(sleeps=not hit)
 model = tiny_models.make("deepseek_v3")
 if group.size() > 1:
     model.model.pipeline(group)

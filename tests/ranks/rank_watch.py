@@ -51,7 +51,7 @@ class Slow:
 
 
 def main(seconds: float) -> None:
-    group = ranks.join()
+    group = ranks.join(sleeps=ranks.rank() != 1)
     rank = group.rank()
     model = tiny_models.make("qwen2-tied")
     model.model.pipeline(group)

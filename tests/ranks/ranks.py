@@ -94,16 +94,17 @@ def rank() -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
-def join() -> Any:
+def join(sleeps: bool = True) -> Any:
     """Called in a rank: `mx.distributed.init()`, and a rank that waits leaves its core to others.
 
     MLX's ring asks its sockets again and again, which takes the cores from ranks that compute. Here
-    they answer "not yet" after a millisecond and not at once. Linux only, and only the ring.
+    they answer "not yet" after a millisecond and not at once. Linux only, and only the ring. A rank
+    that will be stopped must not sleep: SIGCONT ends its wait with an error that MLX gives up at.
     """
     import mlx.core as mx
 
     group = mx.distributed.init()
-    if "MLX_HOSTFILE" not in os.environ or not os.path.isdir("/proc/self/fd"):
+    if not sleeps or "MLX_HOSTFILE" not in os.environ or not os.path.isdir("/proc/self/fd"):
         return group
     limit = struct.pack("ll", 0, 1000)
     for entry in Path("/proc/self/fd").iterdir():
