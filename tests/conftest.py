@@ -26,7 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 SLOWEST = (
-    *("families", "soak", "slow_links", "real_model", "programs", "bench", "server", "split"),
+    *("families", "mpi", "soak", "fuzz", "slow_links", "real_model", "programs", "bench", "server", "split"),
     *("loop", "watch", "deadline", "demo", "plan", "agreement", "run", "fetch", "memory"),
     *("doctor", "readme"),
 )

@@ -107,7 +107,10 @@ def test_text_and_hosts(model, tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("hosts", [False, True], ids=["ranks", "hosts"])
+@pytest.mark.parametrize(
+    "hosts",
+    [pytest.param(False, id="ranks"), pytest.param(True, id="hosts", marks=pytest.mark.long)],
+)
 def test_stopped(how, hosts, model, tmp_path):
     """It says what it has, and leaves no process."""
     where = ["-n", "2"]
@@ -187,6 +190,7 @@ def test_a_rank_that_fails(model):
     assert "rank 1" in done.stderr and "Nothing was measured." in done.stdout
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed(model):
     """It says nothing, and neither does mlx.launch by its exit code."""
     environment = {**os.environ, "PYTHONINSPECT": ""}

@@ -40,6 +40,7 @@ def test_a_killed_rank_ends_the_launch(when: str, rank: int, plugin: bool) -> No
     assert done.seconds < 30
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("what", ["stopped for five seconds", "ten seconds late"])
 def test_a_rank_that_lags_changes_nothing(what: str, rank: int) -> None:
