@@ -23,7 +23,7 @@ def right(real_model: Path) -> dict[str, Any]:
     return ranks.alone(SCRIPT, str(real_model), timeout=300).results[0]
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_real_model(count: int, right: dict[str, Any], real_model: Path) -> None:
     told = ranks.launch(SCRIPT, str(real_model), ranks=count, env=ON, timeout=600).results
     assert right["mode"] == "off"

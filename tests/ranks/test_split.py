@@ -57,7 +57,13 @@ def right(folder) -> dict[str, Any]:
     return ranks.alone(SCRIPT, str(folder), *CASES, *TIED, timeout=300).results[0]
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(2, id="2 ranks"),
+        pytest.param(3, id="3 ranks", marks=pytest.mark.long),
+    ],
+)
 def count(request) -> int:
     return request.param
 
