@@ -9,13 +9,12 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import tiny_checkpoint
 import warm
-from test_demo import ranks_of
+from test_demo import left_of, ranks_of
 
 from mlx_lm_skiphead.cli import main
 from mlx_lm_skiphead.cli.bench import interval
@@ -144,12 +143,7 @@ def test_stopped(how, hosts, model, tmp_path):
         assert process.returncode == 130, errors
         assert "Stopped; all ranks have been ended." in errors
         assert len(json.loads(output)["cases"][0]["ratio"]["values"]) > 1
-    limit = time.monotonic() + 30
-    while (left := [p for p in started if Path(f"/proc/{p}").exists()]) and (
-        time.monotonic() < limit
-    ):
-        time.sleep(0.1)
-    assert not left
+    assert not left_of(started)
 
 
 def descendants(pid: int) -> list[int]:

@@ -27,6 +27,16 @@ def ranks_of(parent: int) -> list[int]:
     ]
 
 
+def left_of(processes: list[int]) -> list[int]:
+    """Those that do not end within 30 s: ranks of a killed parent notice at their next look."""
+    limit = time.monotonic() + 30
+    while (left := [p for p in processes if Path(f"/proc/{p}").exists()]) and (
+        time.monotonic() < limit
+    ):
+        time.sleep(0.1)
+    return left
+
+
 def test_demo() -> None:
     done = subprocess.run(
         [warm.python(), *DEMO, "-n", "3", "--max-tokens", "4"],
@@ -81,10 +91,7 @@ def test_nothing_is_left_of_a_demo_that_is_stopped(how: signal.Signals) -> None:
     if how != signal.SIGKILL:
         assert process.returncode == 130 and "all ranks have been ended" in errors
         assert not output and "Traceback" not in errors
-    limit = time.monotonic() + 30  # ranks of a killed parent notice at their next look
-    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < limit:
-        time.sleep(0.1)
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert not left_of(ranks)
 
 
 def answers(unpatched: dict[str, Any], last: dict[str, Any]) -> list[dict[str, Any]]:

@@ -151,10 +151,9 @@ def left(model=None, repo=None):
 
 
 def main(tasks):
-    group = ranks.join()
     told = []
     for task in tasks:
-        repo = task["repo"].replace("RANK", str(group.rank()))
+        repo = task["repo"].replace("RANK", str(GROUP.rank()))
         try:
             model = load(repo)
         except Exception as error:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import tiny_models
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_lm.utils import save_model
+from pieces import Scaled
 
 from fuzzing.lab import checksum
 
@@ -83,14 +84,3 @@ class Changes:
         adapted = kind.from_base(module, r=4, scale=10.0)
         adapted.lora_b = 0.1 * mx.random.normal(adapted.lora_b.shape, key=mx.random.key(3))
         parent[name] = adapted
-
-
-class Scaled(nn.Module):
-    """A head in another one's clothes: no `weight`."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def __call__(self, x):
-        return self.inner(x) * 1.5

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,8 +12,9 @@ import ranks
 import tiny_checkpoint
 import tiny_models
 from mlx_lm.utils import load_model, load_tokenizer, sharded_load
+from pieces import exchange
 
-from fuzzing import CHANGING, write
+from fuzzing import CHANGING
 
 WIDE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
 """Attention heads wide enough for quantized caches."""
@@ -114,16 +113,7 @@ class Lab:
 
     def exchange(self, session, number, ids):
         """Rank 0's ids, by a file for which the other ranks wait, but not for ever."""
-        file = self.folder / f"exchange-{session}-{number}"
-        if self.rank == 0:
-            write(file, ids.tolist())
-            return ids
-        until = time.monotonic() + 20
-        while not file.exists():
-            if time.monotonic() > until:
-                raise TimeoutError(file.name)
-            time.sleep(0.0005)
-        return mx.array(json.loads(file.read_text()), mx.uint32)
+        return exchange(self.folder / f"exchange-{session}-{number}", ids, self.rank)
 
     def build(self, program, changes):
         source = program.get("source", "memory")

@@ -6,10 +6,9 @@ Unpatched stands still with a lazy collective in speculation.
 from __future__ import annotations
 
 import itertools
-import time
 
 import mlx.core as mx
-import numpy as np
+from pieces import exchange
 
 from programs.common import LOOPS, VOCAB, after, greedy, steps
 from programs.models import FILES, RANK
@@ -69,42 +68,24 @@ def summed_bias_not_used():
     return [list(steps("generate", sampler, [processor])), after()]
 
 
-class Exchange:
-    """Rank 0 writes a file at each call, and the other ranks wait for it, but not for ever."""
-
-    numbers = itertools.count()
-
-    def __init__(self):
-        self.number = next(self.numbers)
-        self.calls = itertools.count()
-
-    def __call__(self, ids):
-        file = FILES / f"exchange-{self.number}-{next(self.calls)}"
-        if RANK == 0:
-            part = file.with_suffix(".part")
-            np.save(part.open("wb"), np.array(ids))
-            part.replace(file)
-            return ids
-        until = time.monotonic() + 20
-        while not file.exists():
-            if time.monotonic() > until:
-                raise TimeoutError(file.name)
-            time.sleep(0.0005)
-        return mx.array(np.load(file))
+exchanges = itertools.count()
+"""Of this rank, as many as of any other."""
 
 
 @program(where=["sampler", "processor"], loop=LOOPS)
 def waits_for_a_file(where, loop):
     """A sampler looks at logits, then waits until rank 0 has written down what it has chosen."""
-    exchange = Exchange()
+
+    def rank_zeros_choice(ids):
+        return exchange(FILES / f"exchange-{next(exchanges)}", ids, RANK)
 
     def sampler(logprobs):
         logprobs.tolist()
-        return exchange(greedy(logprobs))
+        return rank_zeros_choice(greedy(logprobs))
 
     def processor(tokens, logits):
         logits[0, 0].item()
-        best = exchange(greedy(logits))
+        best = rank_zeros_choice(greedy(logits))
         return mx.where(mx.arange(VOCAB) == best[:, None], logits - 1.5, logits)
 
     options = {"sampler": sampler} if where == "sampler" else {"processors": [processor]}

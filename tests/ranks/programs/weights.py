@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 
 import mlx.core as mx
-import mlx.nn as nn
 import tiny_models
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_lm.utils import load_model, save_model, sharded_load
+from pieces import Scaled
 
 from programs.common import VOCAB, direct, tokens
 from programs.models import FILES, GROUP, RANK, checkpoint, load, own_pipeline
@@ -48,17 +48,6 @@ def adapter(where, when):
     if when == "after the pipeline":
         adapt()
     return [tokens(model), direct(model)]
-
-
-class Scaled(nn.Module):
-    """A head in another one's clothes: no `weight`."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def __call__(self, x):
-        return self.inner(x) * 1.5
 
 
 @program("unsloth-zoo #932")
