@@ -122,15 +122,15 @@ def _count_hosts(hostfile: Path) -> int:
 
 
 def _listen(command: list[str], results: list[Any], measured: list[dict[str, Any]]) -> None:
-    """Start ranks, and show what they do until all have ended; fill in results, by rank."""
+    """Start ranks, and show what they do until all have ended; fill in what they tell."""
     console = Console(stderr=True, highlight=False)
     with running(len(results), command) as events, console.status("starting ranks") as line:
-        for rank, event in events:
-            if "result" in event:
-                results[rank] = event["result"]
+        for event in events:
+            if "results" in event:
+                results[:] = event["results"]
             elif "measured" in event:
-                measured.append({**event["measured"], "rank": rank})
-            elif rank == 0:
+                measured.append(event["measured"])
+            else:
                 line.update(event["step"])
                 if not console.is_terminal:
                     console.print(event["step"])
@@ -148,7 +148,7 @@ def of_case(batch: int, prompt: int, measured: list[dict[str, Any]]) -> dict[str
     mine = [each for each in measured if each["case"] == [batch, prompt]]
 
     def values(name: str, way: str) -> list[float]:
-        return [each[name] for each in mine if (each["rank"], each["way"]) == (0, way)]
+        return [each[name] for each in mine if each["way"] == way]
 
     times = {way: values("ms_per_token", way) for way in WAYS}
     pairs = zip(*times.values(), strict=False)  # the last round may be half done
@@ -158,7 +158,7 @@ def of_case(batch: int, prompt: int, measured: list[dict[str, Any]]) -> dict[str
         "batch": batch,
         "prompt": prompt,
         "tokens": mine[0]["tokens"] if mine else 0,
-        "tokens_agree": len({each["digest"] for each in mine}) <= 1,
+        "tokens_agree": len({digest for each in mine for digest in each["digests"]}) <= 1,
         "ms_per_token": {way: _spread(times[way]) for way in WAYS},
         "first_token_ms": {way: _spread(values("first_token_ms", way)) for way in WAYS},
         "ratio": ratio and {**ratio, "interval": interval(ratios)},

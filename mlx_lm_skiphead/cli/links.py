@@ -7,6 +7,7 @@ broken MLX, may change it.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -63,6 +64,15 @@ def total(number: float = 0.0) -> float:
     """The sum of the numbers of all ranks, for all of which it waits."""
     result: Any = mx.distributed.all_sum(mx.array(float(number)), stream=mx.cpu).item()
     return float(result)
+
+
+def of_all(told: Any) -> list[Any]:
+    """What each rank tells, by rank: anything that JSON can say. All must call this."""
+    text = list(json.dumps(told).encode())
+    size: Any = mx.distributed.all_max(mx.array(len(text)), stream=mx.cpu).item()
+    text += b" " * (size - len(text))
+    texts: Any = mx.distributed.all_gather(mx.array(text)[None], stream=mx.cpu).tolist()
+    return [json.loads(bytes(each)) for each in texts]
 
 
 def each_link(group: mx.distributed.Group) -> list[dict[str, Any]]:

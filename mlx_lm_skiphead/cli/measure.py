@@ -20,7 +20,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from .. import install, status, uninstall
 from ..weights.on_disk import is_pending, size_of
-from .links import total
+from .links import of_all, total
 from .models import Split, family_of
 from .ranks import WAYS
 
@@ -54,10 +54,10 @@ class Measurement:
         self.head = self.split.family.head_of(self.split.owner)
         self.vocabulary = self.head["weight"].shape[0]  # its shape, which reads nothing
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> list[dict[str, Any]]:
         """Measure all that the task asks for.
 
-        Returns:
+        Returns, by rank:
             ``on_disk``: the bytes of each module that stays there with the plugin.
             ``loaded_bytes``, ``peak_bytes``: by way, in memory.
             ``answers``: by way, see `_answer`; empty without a text. ``head_bytes``: of its
@@ -92,7 +92,7 @@ class Measurement:
                     self.say(step=of.format(done + 1, task["rounds"], way, *case))
                     measured = self._generate(case, length)
                     self.say(measured={"case": case, "way": way, **measured})
-        return {"on_disk": on_disk, "head_bytes": size_of(self.head), **told}
+        return of_all({"on_disk": on_disk, "head_bytes": size_of(self.head), **told})
 
     def _agreed(self, ms_per_token: float) -> int:
         """How many tokens take `SECONDS` on rank 0, within reason; the same on all ranks."""
@@ -100,7 +100,7 @@ class Measurement:
         return int(total(min(MOST, max(FEWEST, tokens)) if self.group.rank() == 0 else 0))
 
     def _generate(self, case: tuple[int, int], tokens: int) -> dict[str, Any]:
-        """Generate `tokens` for each of a batch: times, and a digest of the tokens."""
+        """Generate `tokens` for each of a batch: times, and a digest of each rank's tokens."""
         places, rows = mx.arange(case[1]), mx.arange(case[0])[:, None]
         prompts: Any = (((31 + 7 * places) * places + 11 * rows) % self.vocabulary).tolist()
         total()  # so that all ranks begin together
@@ -114,7 +114,7 @@ class Measurement:
             "tokens": tokens,
             "first_token_ms": 1000 * seconds[0],
             "ms_per_token": 1000 * between,
-            "digest": hashlib.sha256(repr(steps).encode()).hexdigest()[:16],
+            "digests": of_all(hashlib.sha256(repr(steps).encode()).hexdigest()[:16]),
         }
 
     def _answer(self) -> dict[str, Any]:

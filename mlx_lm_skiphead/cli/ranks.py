@@ -2,12 +2,14 @@
 
 A rank of a bench or a demo is ``python -m mlx_lm_skiphead.cli.ranks TASK``. It is started by
 ``mlx.launch``, as people do. It loads a model and runs it with the plugin and without it in turn,
-in one process, so that drift of the machine cancels. What it tells are JSON objects, as `records`:
+in one process, so that drift of the machine cancels. Rank 0 tells what all ranks did, since
+launchers pass on the output of several ranks torn and mixed. It does so in JSON objects, as
+`records`:
 
-- ``{"step": ...}``: what it does now.
+- ``{"step": ...}``: what the ranks do now.
 - ``{"measured": ...}``: one generation of a round.
-- ``{"result": ...}``: the last one; see `measure.Measurement.run`.
-- ``{"error": ...}``: the last one, if the model cannot be used.
+- ``{"results": ...}``: the last one; see `measure.Measurement.run`.
+- ``{"error": ...}``: the last one, of any rank, if the model cannot be used.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ WAYS = ("unpatched", "plugin")
 
 RECORD = 512
 """Bytes of a line by which a rank tells something."""
-_RECORD = re.compile(r"skiphead (\d{4}) (\d{8}) (.*)\| *\n")
+_RECORD = re.compile(r"skiphead (\d{4}) (\d{8}) ([^|]*)\|")
 
 NOT_INHERITED = (VARIABLE, "MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK")
 
@@ -51,10 +53,10 @@ class RankFailed(RuntimeError):
 def records(rank: int, event: Event) -> Iterator[bytes]:
     """An event as lines of `RECORD` bytes, each to be written at once, and nothing beside them.
 
-    mlx.launch and mpirun pass on what ranks print in pieces of 8192 bytes or 4096, those of one
-    rank in the middle of a line of another. Records of this size are never torn.
+    mlx.launch passes on what ranks print in pieces of 8192 bytes, with warnings of other ranks
+    between them: records of this size are not torn. mpirun tears off the newline of every eighth.
     """
-    text = json.dumps(event)
+    text = json.dumps(event).replace("|", r"\u007c")
     size = RECORD - len("skiphead 0000 00000000 |\n")
     starts = range(0, len(text), size)
     for left, at in zip(reversed(range(len(starts))), starts, strict=True):
@@ -63,7 +65,7 @@ def records(rank: int, event: Event) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def running(count: int, command: Sequence[str]) -> Iterator[Iterator[tuple[int, Event]]]:
+def running(count: int, command: Sequence[str]) -> Iterator[Iterator[Event]]:
     """Inside the ``with`` block the ranks of one pipeline run. At its end every one is ended.
 
     Args:
@@ -89,7 +91,7 @@ def running(count: int, command: Sequence[str]) -> Iterator[Iterator[tuple[int, 
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write("\n" * 65536)
                 process.stdin.flush()
-        yield _events(process, count)
+        yield _events(process)
     finally:
         if process.poll() is None:
             # To all of its session, as Ctrl-C in a terminal: a launcher alone would wait for its
@@ -102,32 +104,30 @@ def running(count: int, command: Sequence[str]) -> Iterator[Iterator[tuple[int, 
         process.wait()
 
 
-def _events(process: subprocess.Popen[str], count: int) -> Iterator[tuple[int, Event]]:
-    """What `count` ranks print, as ``(rank, event)``, until each has said its result.
+def _events(process: subprocess.Popen[str]) -> Iterator[Event]:
+    """What the ranks print, until rank 0 has told the results.
 
     Raises:
-        RankFailed: as soon as one has ended before that, or has said an error.
+        RankFailed: as soon as one has ended before that, or has told an error.
     """
     printed = deque[str](maxlen=60)
-    pieces: dict[int, list[tuple[int, str]]] = {}
+    pieces: dict[str, list[tuple[int, str]]] = {}
     for line in process.stdout or ():
-        if (record := _RECORD.search(line)) is None:
+        if not (records := _RECORD.findall(line)):
             printed.append(line)
-            continue
-        rank, left = int(record[1]), int(record[2])
-        pieces.setdefault(rank, []).append((left, record[3]))
-        if left:
-            continue
-        numbers, texts = zip(*pieces.pop(rank), strict=True)
-        event = {"error": "a part of what it printed has been lost"}
-        if numbers == tuple(reversed(range(len(numbers)))):
-            event = json.loads("".join(texts))
-        if "error" in event:
-            raise RankFailed(f"rank {rank}: {event['error']}")
-        yield rank, event
-        count -= "result" in event
-        if not count:
-            return
+        for rank, left, piece in records:
+            pieces.setdefault(rank, []).append((int(left), piece))
+            if int(left):
+                continue
+            numbers, texts = zip(*pieces.pop(rank), strict=True)
+            event = {"error": "a part of what it printed has been lost"}
+            if numbers == tuple(reversed(range(len(numbers)))):
+                event = json.loads("".join(texts))
+            if "error" in event:
+                raise RankFailed(f"rank {int(rank)}: {event['error']}")
+            yield event
+            if "results" in event:
+                return
     said = "".join(printed).strip() or "it printed nothing"
     raise RankFailed(f"exit code {process.wait()}:\n{said}")
 
@@ -201,15 +201,21 @@ def main() -> None:
         # `strict`, or each rank would be alone where MLX does not find the library of MPI.
         is_mpi = "OMPI_COMM_WORLD_RANK" in os.environ
         group = mx.distributed.init(strict=is_mpi, backend="mpi" if is_mpi else "any")
-        say(result=Measurement(task, group, say).run())
+        tell = say if group.rank() == 0 else _silence
+        tell(results=Measurement(task, group, tell).run())
     except (ValueError, OSError) as error:  # a model that is not there or cannot be pipelined
         say(error=str(error))
+        sys.exit(1)
 
 
 def say(**event: Any) -> None:
     """Tell the process that started the ranks."""
     for record in records(launched_rank() or 0, event):
         os.write(_output(), record)
+
+
+def _silence(**event: Any) -> None:
+    """Tell nothing."""
 
 
 @functools.cache

@@ -127,17 +127,20 @@ def run_rank() -> None:
             os.sched_setaffinity(0, task["cores"][number])
         except OSError as error:
             return ranks.say(error=str(error))
-    from mlx_lm_skiphead.cli import measure
+    from mlx_lm_skiphead.cli import links, measure
 
     class Instrumented(measure.Measurement):
-        def run(self) -> dict[str, Any]:
+        def run(self) -> list[dict[str, Any]]:
             with ExitStack() as slower:
                 if number > 0 and task["head_passes"] > 1:
                     slower.enter_context(_slower_heads(self.model, task["head_passes"]))
                 if number > 0 and task["layer_passes"] > 1:
                     slower.enter_context(_slower_layers(self.split.stage, task["layer_passes"]))
-                result = super().run()
-                return {**result, **measure_alone(self)} if task["plan"] else result
+                results = super().run()
+                if task["plan"]:
+                    alone = links.of_all(measure_alone(self))
+                    return [told | of_rank for told, of_rank in zip(results, alone, strict=True)]
+                return results
 
     if task["control"]:
         install, calls = measure.install, []
