@@ -54,6 +54,8 @@ class Kind(NamedTuple):
     """Samplers and processors talk to other ranks, and none raises."""
     turns: bool = False
     """Every step of a generation is asked for in another thread."""
+    hidden: bool = False
+    """A call of a model outside mlx-lm's loops gives no logits on workers."""
 
 
 def batch_of(batch: int) -> tuple[int, list[str]]:
@@ -81,7 +83,8 @@ def programs(draw: Any, batch: int) -> Program:
             kinds = kinds | LOTS_OF_BATCHES
         if draw(chance(0.2)):
             kinds = kinds | WRAPS
-    kind = Kind(program["case"] in DENSE, "heads" in program, "together" in program, turns)
+    has = {name: name in program for name in ("heads", "together", "turns")}
+    kind = Kind(program["case"] in DENSE, **has, hidden=program.get("mode") == "hidden")
     program["steps"] = draw(some_steps(kind, weighted(**kinds)))
     return program
 
@@ -171,9 +174,10 @@ SOME = st.integers(1, 5)
 RAISES = spec("raises", st.integers(0, 7), one(*ERRORS))
 
 
-def second(kind: Kind) -> SearchStrategy[Spec]:
+def second(kind: Kind, step: str) -> SearchStrategy[Spec]:
     """A sampler or processor that calls another model."""
-    return spec("second", one("whole", "pipelined", "sharded", *["stage"] * kind.dense))
+    pipelined = ["pipelined"] * (step != "own" or not kind.hidden)
+    return spec("second", one("whole", "sharded", *pipelined, *["stage"] * kind.dense))
 
 
 @functools.cache
@@ -200,7 +204,7 @@ def samplers(kind: Kind, step: str) -> SearchStrategy[Spec]:
         return st.one_of(*options, RAISES)
     # Two lazy collectives in one graph have no order: only where there is one sequence.
     how = one("eager", "eager", *["lazy"] * (step == "generate"))
-    together = st.one_of(spec("waits"), spec("broadcast", how), second(kind))
+    together = st.one_of(spec("waits"), spec("broadcast", how), second(kind, step))
     return either(st.one_of(*options), 0.4, together)
 
 
@@ -225,7 +229,7 @@ def processors(kind: Kind, step: str) -> SearchStrategy[list[Spec]]:
     ]
     if not kind.together:
         return st.lists(st.one_of(*options, RAISES), min_size=1, max_size=2)
-    together = st.one_of(spec("waits"), eager, second(kind))
+    together = st.one_of(spec("waits"), eager, second(kind, step))
     some = st.lists(either(st.one_of(*options), 0.4, together), min_size=1, max_size=2)
     return either(some, 0.1, just([["sum", "lazy"]])) if step == "generate" else some
 
