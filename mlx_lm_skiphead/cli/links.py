@@ -68,11 +68,13 @@ def total(number: float = 0.0) -> float:
 
 def of_all(told: Any) -> list[Any]:
     """What each rank tells, by rank: anything that JSON can say. All must call this."""
-    text = list(json.dumps(told).encode())
-    size: Any = mx.distributed.all_max(mx.array(len(text)), stream=mx.cpu).item()
-    text += b" " * (size - len(text))
-    texts: Any = mx.distributed.all_gather(mx.array(text)[None], stream=mx.cpu).tolist()
-    return [json.loads(bytes(each)) for each in texts]
+
+    def gather(numbers: list[int]) -> Any:
+        return mx.distributed.all_gather(mx.array([numbers]), stream=mx.cpu).tolist()
+
+    text = json.dumps(told).encode()
+    (longest,) = max(gather([len(text)]))
+    return [json.loads(bytes(each)) for each in gather([*text.ljust(longest)])]
 
 
 def each_link(group: mx.distributed.Group) -> list[dict[str, Any]]:
