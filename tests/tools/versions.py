@@ -38,7 +38,7 @@ def environment(version: str) -> Path:
         [
             *(python, "-m", "pip", "install", "-q", "--disable-pip-version-check"),
             *(f"mlx-lm=={version}", f"mlx=={VERSIONS[version]}", *extra),
-            *("pytest>=8", "pytest-xdist>=3.6", PROJECT),
+            *("openai>=2", "pytest>=8", "pytest-xdist>=3.6", PROJECT),
         ],
         check=True,
     )
