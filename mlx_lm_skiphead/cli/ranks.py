@@ -191,8 +191,7 @@ def main() -> None:
         threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
     if task["split"]:  # which installing reads
         os.environ[SPLIT] = ",".join(map(str, task["split"]))
-    if task["gpus"] is not None:  # which CUDA reads when it starts, so before MLX is imported
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(task["gpus"][launched_rank() or 0])
+    choose_gpu(task)
     import mlx.core as mx
 
     from .measure import Measurement
@@ -206,6 +205,12 @@ def main() -> None:
     except (ValueError, OSError) as error:  # a model that is not there or cannot be pipelined
         say(error=str(error))
         sys.exit(1)
+
+
+def choose_gpu(task: Mapping[str, Any]) -> None:
+    """Give this rank its GPU of `task`. CUDA reads that as it starts: before MLX is imported."""
+    if task["gpus"] is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(task["gpus"][launched_rank() or 0])
 
 
 def say(**event: Any) -> None:

@@ -127,6 +127,7 @@ def run_rank() -> None:
             os.sched_setaffinity(0, task["cores"][number])
         except OSError as error:
             return ranks.say(error=str(error))
+    ranks.choose_gpu(task)
     from mlx_lm_skiphead.cli import links, measure
 
     class Instrumented(measure.Measurement):
