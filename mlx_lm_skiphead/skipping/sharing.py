@@ -188,7 +188,7 @@ class Run:
 
     def _wait_on_host(self) -> None:
         """Where a GPU would spin for the ids of the step before, this thread waits for them."""
-        if self.is_worker and _waits_by_spinning() and self._ids is not None:
+        if self.is_worker and waits_by_spinning() and self._ids is not None:
             mx.eval(self._ids)
 
     def share(
@@ -260,7 +260,7 @@ class Run:
             # own it is who looks at the ids that waits, lest rank 0 exits before that.
             mx.async_eval(everyone)  # type: ignore[no-untyped-call]
             return tokens
-        with mx.stream(mx.cpu) if _waits_by_spinning() else nullcontext():
+        with mx.stream(mx.cpu) if waits_by_spinning() else nullcontext():
             ids = everyone[: tokens.size]
             # A lost peer leaves random memory in the place of its ids, and on a CPU embedding that
             # would end this process before MLX raises.
@@ -388,8 +388,7 @@ def not_computed(array: mx.array) -> mx.array:
     return mx.contiguous(mx.broadcast_to(one, array.shape))  # for who reads its buffer
 
 
-@functools.cache
-def _waits_by_spinning() -> bool:
+def waits_by_spinning() -> bool:
     """Whether this GPU waits for a CPU's result in a kernel that spins: on CUDA.
 
     Two GPUs stood still with such kernels, and were slower with them. So there a worker's calling

@@ -269,6 +269,26 @@ def test_a_part_that_is_missing_costs_only_itself(part, missing):
     )
 
 
+def test_several_gpus_of_a_process_are_left_to_upstream():
+    """With CUDA; this machine may have none."""
+    done = run(
+        """
+        import mlx.core as mx
+        import mlx_lm.generate, mlx_lm.models.qwen2
+        import mlx_lm_skiphead
+        mx.default_device, mx.device_count = (lambda: mx.gpu), (lambda device: 2)
+        mx.metal.is_available = lambda: False
+        mlx_lm_skiphead.install()
+        status = mlx_lm_skiphead.status()
+        for target in (status.loops["generate_step"], status.families["qwen2"]):
+            assert target == status.parts["hidden broadcast"], target
+        print(target)
+        """
+    )
+    assert "refused: mlx.core.distributed.all_gather: expected one GPU, found 2" in done.stdout
+    assert "hidden broadcast is left to upstream mlx-lm" in done.stderr
+
+
 def test_one_rank_is_unchanged():
     run(
         """
