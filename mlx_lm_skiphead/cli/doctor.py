@@ -317,14 +317,14 @@ def _look_at_ranks(report: Report, measures_links: bool) -> None:
 
 
 def _facts(report: Report, measures_links: bool) -> dict[str, str]:
-    """In what ranks should agree, by name; in few bytes."""
+    """In what ranks should agree, by name."""
     return {
         config.VARIABLE: report["mode"],
         config.DOWNLOAD: os.environ.get(config.DOWNLOAD) or "all",
-        config.SPLIT: (os.environ.get(config.SPLIT) or "even")[:40],
+        config.SPLIT: os.environ.get(config.SPLIT) or "even",
         **{name: found["version"] for name, found in report["versions"].items()},
         "left to upstream": ", ".join(report["left_to_upstream"]),
-        "model": str((report["model"] or {}).get("reason"))[:200],
+        "model": str((report["model"] or {}).get("reason")),
         "settings of mlx": ", ".join(_settings_of_mlx()),
         "links": str(measures_links),
     }

@@ -7,7 +7,6 @@ broken MLX, may change it.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -64,17 +63,6 @@ def total(number: float = 0.0) -> float:
     """The sum of the numbers of all ranks, for all of which it waits."""
     result: Any = mx.distributed.all_sum(mx.array(float(number)), stream=mx.cpu).item()
     return float(result)
-
-
-def of_all(told: Any) -> list[Any]:
-    """What each rank tells, by rank: anything that JSON can say. All must call this."""
-
-    def gather(numbers: list[int]) -> Any:
-        return mx.distributed.all_gather(mx.array([numbers]), stream=mx.cpu).tolist()
-
-    text = json.dumps(told).encode()
-    (longest,) = max(gather([len(text)]))
-    return [json.loads(bytes(each)) for each in gather([*text.ljust(longest)])]
 
 
 def each_link(group: mx.distributed.Group) -> list[dict[str, Any]]:

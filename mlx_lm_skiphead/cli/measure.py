@@ -19,8 +19,9 @@ import wrapt
 from mlx_lm.sample_utils import make_sampler
 
 from .. import install, status, uninstall
+from ..ranks.agreement import exchanged
 from ..weights.on_disk import is_pending, size_of
-from .links import of_all, total
+from .links import total
 from .models import Split, family_of
 from .ranks import WAYS
 
@@ -76,8 +77,7 @@ class Measurement:
             mx.reset_peak_memory()
             tokens = []
             for case in cases:
-                self.say(step=f"warming up, {way}, batch {case[0]}, prompt {case[1]}")
-                warm = self._generate(case, task["tokens"] or FEWEST)
+                warm = self._generate(f"warming up, {way}", case, task["tokens"] or FEWEST)
                 tokens.append(task["tokens"] or self._agreed(warm["ms_per_token"]))
             told["peak_bytes"][way] = mx.get_peak_memory()
             if task["text"]:
@@ -88,19 +88,19 @@ class Measurement:
                 # Each way comes first as often as the other.
                 for way in WAYS if done % 2 == 0 else reversed(WAYS):
                     install() if way == "plugin" else uninstall()
-                    of = "round {} of {}, {}, batch {}, prompt {}"
-                    self.say(step=of.format(done + 1, task["rounds"], way, *case))
-                    measured = self._generate(case, length)
+                    now = f"round {done + 1} of {task['rounds']}, {way}"
+                    measured = self._generate(now, case, length)
                     self.say(measured={"case": case, "way": way, **measured})
-        return of_all({"on_disk": on_disk, "head_bytes": size_of(self.head), **told})
+        return exchanged({"on_disk": on_disk, "head_bytes": size_of(self.head), **told})
 
     def _agreed(self, ms_per_token: float) -> int:
         """How many tokens take `SECONDS` on rank 0, within reason; the same on all ranks."""
         tokens = round(1000 * SECONDS / ms_per_token)
         return int(total(min(MOST, max(FEWEST, tokens)) if self.group.rank() == 0 else 0))
 
-    def _generate(self, case: tuple[int, int], tokens: int) -> dict[str, Any]:
+    def _generate(self, step: str, case: tuple[int, int], tokens: int) -> dict[str, Any]:
         """Generate `tokens` for each of a batch: times, and a digest of each rank's tokens."""
+        self.say(step=f"{step}, batch {case[0]}, prompt {case[1]}")
         places, rows = mx.arange(case[1]), mx.arange(case[0])[:, None]
         prompts: Any = (((31 + 7 * places) * places + 11 * rows) % self.vocabulary).tolist()
         total()  # so that all ranks begin together
@@ -114,7 +114,7 @@ class Measurement:
             "tokens": tokens,
             "first_token_ms": 1000 * seconds[0],
             "ms_per_token": 1000 * between,
-            "digests": of_all(hashlib.sha256(repr(steps).encode()).hexdigest()[:16]),
+            "digests": exchanged(hashlib.sha256(repr(steps).encode()).hexdigest()[:16]),
         }
 
     def _answer(self) -> dict[str, Any]:

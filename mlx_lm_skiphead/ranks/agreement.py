@@ -34,13 +34,15 @@ from . import watch
 
 log = logging.getLogger("mlx_lm_skiphead")
 
-PROTOCOL = 6
+PROTOCOL = 7
 """The version of what ranks send each other. Being part of `MARK`, it tells two versions apart
 before they exchange anything that only one of them understands."""
 MARK = 4096 + PROTOCOL
 """The number that a rank with the plugin adds to the sum, besides its one. Its sums are exact in
 float32 for up to 4,000 ranks. The marks of two protocols never add up to a multiple of either."""
-SETTINGS_BYTES = 4096
+BLOCK, MOST_BLOCKS = 4096, 4096
+"""What a rank tells the others fills blocks of so many bytes, since a broken MLX may change rows of
+odd lengths (mlx #4443). More blocks are garbage."""
 FOR_ALL = (
     f"All ranks must have the same {config.VARIABLE}: set it for all, as in mlx.launch --env "
     f"{config.VARIABLE}=1 ..., and have every rank import mlx_lm_skiphead. And install the same "
@@ -91,7 +93,7 @@ def take_part(error: Exception, repo: str, group: Any) -> None:
         log.error("rank %d cannot load %s: %r", mx.distributed.init().rank(), repo, error)
         with suppress(RuntimeError):
             total = mx.distributed.all_sum(mx.array(1.0 + MARK), stream=mx.cpu)
-            _compare(total, repo, repr(error)[:300])  # of which JSON may make 1,800 bytes
+            _compare(total, repo, repr(error)[:300])
 
 
 def _compare(total: mx.array, repo: str, failure: str = "") -> None:
@@ -156,26 +158,30 @@ def _settings() -> dict[str, str]:
         "mlx-lm-skiphead": __version__,
         "mlx-lm": metadata.version("mlx-lm"),
         "families known": f"{zlib.crc32(repr(FAMILIES).encode()):08x}",
-        "left to upstream": ", ".join(left)[:1000] or "nothing",
+        "left to upstream": ", ".join(left) or "nothing",
     }
 
 
-def exchanged(settings: dict[str, str]) -> list[dict[str, str]]:
-    """The settings of all ranks, by rank.
+def exchanged(told: Any) -> list[Any]:
+    """What each rank tells, by rank: anything that JSON can say. All must call this.
 
     Raises:
         SkipheadError: if what arrives is not what a rank sends.
     """
-    data = json.dumps(settings).encode().ljust(SETTINGS_BYTES)
-    everything = mx.distributed.all_gather(mx.array(list(data), mx.uint8), stream=mx.cpu)
-    gathered = bytes(everything.tolist())  # type: ignore[arg-type]
-    places = range(0, len(gathered), SETTINGS_BYTES)
+
+    def gather(numbers: list[int], kind: mx.Dtype) -> Any:
+        return mx.distributed.all_gather(mx.array([numbers], kind), stream=mx.cpu).tolist()
+
+    text = json.dumps(told).encode()
     try:
-        return [json.loads(gathered[place : place + SETTINGS_BYTES]) for place in places]
+        (blocks,) = max(gather([1 + len(text) // BLOCK], mx.uint32))
+        if blocks > MOST_BLOCKS:
+            raise ValueError(f"{blocks} blocks")
+        return [json.loads(bytes(row)) for row in gather([*text.ljust(blocks * BLOCK)], mx.uint8)]
     except ValueError as error:
         raise SkipheadError(
-            "The versions that the ranks tell each other arrived as garbage: their links or their "
-            f"MLX are broken ({error}). mlx-lm-skiphead doctor --links looks at both."
+            "What the ranks tell each other arrived as garbage: their links or their MLX are "
+            f"broken ({error}). mlx-lm-skiphead doctor --links looks at both."
         ) from error
 
 

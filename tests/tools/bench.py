@@ -128,7 +128,8 @@ def run_rank() -> None:
         except OSError as error:
             return ranks.say(error=str(error))
     ranks.choose_gpu(task)
-    from mlx_lm_skiphead.cli import links, measure
+    from mlx_lm_skiphead.cli import measure
+    from mlx_lm_skiphead.ranks.agreement import exchanged
 
     class Instrumented(measure.Measurement):
         def run(self) -> list[dict[str, Any]]:
@@ -139,7 +140,7 @@ def run_rank() -> None:
                     slower.enter_context(_slower_layers(self.split.stage, task["layer_passes"]))
                 results = super().run()
                 if task["plan"]:
-                    alone = links.of_all(measure_alone(self))
+                    alone = exchanged(measure_alone(self))
                     return [told | of_rank for told, of_rank in zip(results, alone, strict=True)]
                 return results
 
