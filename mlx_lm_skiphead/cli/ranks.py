@@ -34,8 +34,6 @@ from typing import Any
 
 from ..config import SPLIT, VARIABLE
 
-Event = dict[str, Any]
-
 WAYS = ("unpatched", "plugin")
 """How ranks run a model: as mlx-lm alone, and with the plugin."""
 
@@ -50,7 +48,7 @@ class RankFailed(RuntimeError):
     """A rank ended with an error; the message names it and has the end of what it printed."""
 
 
-def records(rank: int, event: Event) -> Iterator[bytes]:
+def records(rank: int, event: dict[str, Any]) -> Iterator[bytes]:
     """An event as lines of `RECORD` bytes, each to be written at once, and nothing beside them.
 
     mlx.launch passes on what ranks print in pieces of 8192 bytes, with warnings of other ranks
@@ -65,7 +63,7 @@ def records(rank: int, event: Event) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def running(count: int, command: Sequence[str]) -> Iterator[Iterator[Event]]:
+def running(count: int, command: Sequence[str]) -> Iterator[Iterator[dict[str, Any]]]:
     """Inside the ``with`` block the ranks of one pipeline run. At its end every one is ended.
 
     Args:
@@ -104,7 +102,7 @@ def running(count: int, command: Sequence[str]) -> Iterator[Iterator[Event]]:
         process.wait()
 
 
-def _events(process: subprocess.Popen[str]) -> Iterator[Event]:
+def _events(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
     """What the ranks print, until rank 0 has told the results.
 
     Raises:
@@ -200,7 +198,7 @@ def main() -> None:
         # `strict`, or each rank would be alone where MLX does not find the library of MPI.
         is_mpi = "OMPI_COMM_WORLD_RANK" in os.environ
         group = mx.distributed.init(strict=is_mpi, backend="mpi" if is_mpi else "any")
-        tell = say if group.rank() == 0 else _silence
+        tell = say if group.rank() == 0 else lambda **event: None
         tell(results=Measurement(task, group, tell).run())
     except (ValueError, OSError) as error:  # a model that is not there or cannot be pipelined
         say(error=str(error))
@@ -217,10 +215,6 @@ def say(**event: Any) -> None:
     """Tell the process that started the ranks."""
     for record in records(launched_rank() or 0, event):
         os.write(_output(), record)
-
-
-def _silence(**event: Any) -> None:
-    """Tell nothing."""
 
 
 @functools.cache
