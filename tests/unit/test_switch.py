@@ -274,13 +274,13 @@ def test_several_gpus_of_a_process_are_left_to_upstream():
     done = run(
         """
         import mlx.core as mx
-        import mlx_lm.generate, mlx_lm.models.qwen2
+        import mlx_lm.generate, mlx_lm.models.deepseek_v3
         import mlx_lm_skiphead
         mx.default_device, mx.device_count = (lambda: mx.gpu), (lambda device: 2)
         mx.metal.is_available = lambda: False
         mlx_lm_skiphead.install()
         status = mlx_lm_skiphead.status()
-        for target in (status.loops["generate_step"], status.families["qwen2"]):
+        for target in (status.loops["generate_step"], status.families["deepseek_v3"]):
             assert target == status.parts["hidden broadcast"], target
         print(target)
         """
