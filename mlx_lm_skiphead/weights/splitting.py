@@ -1,6 +1,6 @@
 """Layers are split as ``MLX_LM_SKIPHEAD_SPLIT`` says, and such ranks agree about prompt caches.
 
-mlx-lm gives all ranks as many layers. Since 0.32.2 a model's ``pipeline(group, split=[...])`` takes
+mlx-lm gives all ranks as many layers. Since 0.32 a model's ``pipeline(group, split=[...])`` takes
 other numbers, but nothing in mlx-lm gives it any. Here the split of the variable is handed on,
 unless the program gives one.
 
