@@ -126,7 +126,7 @@ def on_all_gather(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 def _can_be_left_out(all_gather: Any) -> str:
     """A check as those of `drift`: of ``all_gather``, and of the GPUs of this process.
 
-    Where two ranks ran on the first of two GPUs that both saw, 3 of 10 starts ended in the first
+    Where two ranks ran on the first of two GPUs that both saw, 3 of 11 starts ended in the first
     token share, with an error of CUDA's; none did where each rank saw one GPU.
     """
     gpus = mx.device_count(mx.gpu)

@@ -80,13 +80,9 @@ def batch_step(wrapped: Wrapped, batch: Any, args: Args, kwargs: Kwargs) -> Any:
         try:
             vars(batch).update(guards)
             result = wrapped(*args, **kwargs)
-            run.check(in_flight=1)
-        except Exception:
-            if not run.has_failed:  # MLX has, as where a rank is lost: it may crash if asked again
-                run.last = None
-            raise
         finally:
             vars(batch).update(own)
+        run.check(in_flight=1)
     return result
 
 

@@ -130,7 +130,12 @@ class Run:
                 # this step would take what is sent for the share of the step before.
                 mx.eval(self.last)
             self._thread = threading.get_ident()
-            yield
+            try:
+                yield
+            except Exception:
+                # What MLX could not compute, as of a lost rank, is not waited for: MLX may crash.
+                self.last = self.last if self.has_failed else None
+                raise
 
     def watched(self, program: str = "") -> AbstractContextManager[None]:
         """A ``with`` block that waits for other ranks, or else for what `program` says."""
